@@ -1,0 +1,69 @@
+"""Recipes: typed, strict, and read from YAML with overrides."""
+
+from dkl.config.data import AugmentSettings, DataSettings, ModelSettings
+from dkl.config.errors import RecipeError
+from dkl.config.evaluation import EvaluationSettings
+from dkl.config.loading import list_recipes, load_recipe, recipe_text, resolved, to_yaml
+from dkl.config.method import (
+    GKLAT,
+    GKLKD,
+    IKLAT,
+    IKLKD,
+    KD,
+    PGDAT,
+    TRADES,
+    AttackSettings,
+    MethodSettings,
+    Natural,
+    TeacherSettings,
+)
+from dkl.config.recipe import Recipe
+from dkl.config.training import (
+    SGD,
+    AdamW,
+    AveragingSettings,
+    Constant,
+    Cosine,
+    OneCycle,
+    OptimizerSettings,
+    ScheduleSettings,
+    Step,
+    TrainingSettings,
+    WeightPerturbationSettings,
+)
+
+__all__ = [
+    "GKLAT",
+    "GKLKD",
+    "IKLAT",
+    "IKLKD",
+    "KD",
+    "PGDAT",
+    "SGD",
+    "TRADES",
+    "AdamW",
+    "AttackSettings",
+    "AugmentSettings",
+    "AveragingSettings",
+    "Constant",
+    "Cosine",
+    "DataSettings",
+    "EvaluationSettings",
+    "MethodSettings",
+    "ModelSettings",
+    "Natural",
+    "OneCycle",
+    "OptimizerSettings",
+    "Recipe",
+    "RecipeError",
+    "ScheduleSettings",
+    "Step",
+    "TeacherSettings",
+    "TrainingSettings",
+    "WeightPerturbationSettings",
+    "list_recipes",
+    "load_recipe",
+    "recipe_text",
+    "resolved",
+    "to_yaml",
+]

@@ -1,0 +1,153 @@
+"""Recipes from names, files and overrides, and back to plain values."""
+
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from dkl.config.base import Problem
+from dkl.config.errors import (
+    RecipeError,
+    merge_problems,
+    problems_of,
+    sections_with_errors,
+    suggestion,
+)
+from dkl.config.overrides import apply_overrides
+from dkl.config.recipe import Recipe, section_problems
+from dkl.config.yaml_text import parse_yaml
+
+_SUFFIXES = (".yaml", ".yml")
+
+
+def list_recipes() -> list[str]:
+    """Name the shipped recipes, sorted.
+
+    Example:
+        >>> "digits_ikl_at" in list_recipes()
+        True
+    """
+    folder = resources.files("dkl").joinpath("recipes")
+    names = (Path(entry.name) for entry in folder.iterdir())
+    return sorted(name.stem for name in names if name.suffix == ".yaml")
+
+
+def recipe_text(name: str) -> str:
+    """Return the text of a shipped recipe, comments included.
+
+    Raises:
+        RecipeError: no such recipe; the message names the nearest one.
+    """
+    names = list_recipes()
+    if name not in names:
+        message = f"no shipped recipe has this name; {suggestion(name, names)}"
+        hint = " A file of your own must exist and end in .yaml"
+        raise RecipeError(name, [("", message + hint)])
+    return resources.files("dkl").joinpath("recipes", f"{name}.yaml").read_text("utf-8")
+
+
+def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        name_or_path: name of a shipped recipe, or path of a YAML file.
+        overrides: ``key.sub=value`` each, the value in YAML.
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        RecipeError: with everything that is wrong, at once.
+
+    Example:
+        >>> load_recipe("digits_trades", ["method.attack.eps=8/255"]).method.attack.eps == 8 / 255
+        True
+    """
+    text = _read(name_or_path)
+    what = str(name_or_path)
+    values, problems = parse_yaml(text)
+    if not isinstance(values, dict):
+        if not problems:
+            problems = [("", f"must hold keys and values, not {type(values).__name__}")]
+        raise RecipeError(what, problems)
+    values, wrong_overrides = apply_overrides(values, overrides)
+    recipe, wrong_values = check_values(values)
+    if recipe is not None:
+        wrong_values += _teacher_problems(recipe)
+    found = merge_problems(problems, wrong_overrides, wrong_values)
+    if recipe is None or found:
+        raise RecipeError(what, found)
+    return recipe
+
+
+def check_values(values: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
+    """Check plain values; return the recipe (None if they are no recipe) and the problems."""
+    try:
+        return Recipe.model_validate(values), []
+    except ValidationError as error:
+        # Checks between sections run only when every section is valid; where some are not, those
+        # that need valid sections alone are run here, so that all problems show at once.
+        broken = sections_with_errors(error)
+        sections: dict[str, Any] = {}
+        for name, field in Recipe.model_fields.items():
+            if name in broken:
+                continue
+            if name not in values:
+                sections[name] = field.get_default(call_default_factory=True, validated_data={})
+                continue
+            adapter: TypeAdapter[Any] = TypeAdapter(Recipe.__annotations__[name])
+            sections[name] = adapter.validate_python(values[name])
+        return None, merge_problems(problems_of(error), section_problems(sections))
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """Return all values of a recipe, defaults included, as plain JSON and YAML types.
+
+    Example:
+        >>> recipe = load_recipe("digits_natural")
+        >>> Recipe.model_validate(resolved(recipe)) == recipe
+        True
+    """
+    return recipe.model_dump(mode="json")
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Write a resolved recipe as YAML, which ``load_recipe`` reads back to an equal recipe."""
+    return yaml.safe_dump(resolved(recipe), sort_keys=False, width=100)
+
+
+def _read(name_or_path: str | Path) -> str:
+    path = Path(name_or_path)
+    is_path = isinstance(name_or_path, Path) or path.suffix in _SUFFIXES or len(path.parts) > 1
+    if not is_path:
+        return recipe_text(str(name_or_path))
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        near = suggestion(path.stem, list_recipes())
+        raise RecipeError(
+            str(path), [("", f"there is no such file; of the shipped recipes: {near}")]
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(str(path), [("", f"cannot be read: {error}")]) from None
+
+
+def _teacher_problems(recipe: Recipe) -> list[Problem]:
+    teacher = getattr(recipe.method, "teacher", None)
+    if teacher is None or teacher.recipe is None or teacher.run is not None:
+        return []
+    try:
+        teaching = load_recipe(teacher.recipe)
+    except RecipeError as error:
+        return [("method.teacher.recipe", f"{error}")]
+    if teaching.data.name != recipe.data.name:
+        return [
+            (
+                "method.teacher.recipe",
+                f"is trained on {teaching.data.name}, but the student on {recipe.data.name}",
+            )
+        ]
+    return []

@@ -1,0 +1,149 @@
+"""The whole recipe, and what its sections demand from each other."""
+
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from dkl.config.base import Problem, Section
+from dkl.config.data import DataSettings, ModelSettings
+from dkl.config.evaluation import EvaluationSettings
+from dkl.config.method import MethodSettings
+from dkl.config.training import (
+    AveragingSettings,
+    OneCycle,
+    OptimizerSettings,
+    ScheduleSettings,
+    Step,
+    TrainingSettings,
+    WeightPerturbationSettings,
+)
+
+
+class Recipe(Section):
+    """Everything that decides a run.
+
+    Args:
+        name: letters, digits, "_", "-" and "."; names the run's folder.
+        description: one sentence for ``dkl recipes list``.
+        seed: of initialisation, data order, augmentation, attacks and splits.
+        data: the dataset.
+        model: the network.
+        method: what is trained.
+        training: how long and in what numbers.
+        optimizer: its settings.
+        schedule: of the learning rate.
+        weight_perturbation: AWP, or null.
+        averaging: moving average of the weights, or null.
+        evaluation: what is measured.
+        trackers: where records go besides the run's own files.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    description: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    data: DataSettings
+    model: ModelSettings
+    method: MethodSettings
+    training: TrainingSettings
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings
+    weight_perturbation: WeightPerturbationSettings | None = None
+    averaging: AveragingSettings | None = None
+    evaluation: EvaluationSettings = EvaluationSettings()
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = (
+        "tensorboard",
+    )
+
+    def problems(self) -> Iterator[Problem]:  # noqa: D102
+        sections = {name: getattr(self, name) for name in type(self).model_fields}
+        return section_problems(sections)
+
+
+def section_problems(sections: dict[str, Any]) -> Iterator[Problem]:
+    """Yield what sections demand from each other, as far as those at hand can tell.
+
+    Args:
+        sections: valid sections by name; a check that needs another one is left out.
+    """
+    for needed, check in _CHECKS:
+        if all(name in sections for name in needed):
+            yield from check(*(sections[name] for name in needed))
+
+
+def _robust_validation(
+    training: TrainingSettings, evaluation: EvaluationSettings
+) -> Iterator[Problem]:
+    if training.best_metric == "val_robust_accuracy" and evaluation.validation_attack_steps == 0:
+        yield (
+            "training.best_metric",
+            "val_robust_accuracy needs an attack on the validation split: set "
+            "evaluation.validation_attack_steps (10, for example), or choose val_accuracy",
+        )
+
+
+def _validation_split(training: TrainingSettings, data: DataSettings) -> Iterator[Problem]:
+    if training.best_metric is not None and data.validation_fraction == 0:
+        yield (
+            "data.validation_fraction",
+            f"must be > 0, because training.best_metric ({training.best_metric}) is measured "
+            "on the held-out part; or set training.best_metric=null",
+        )
+
+
+def _validation_attack(data: DataSettings, evaluation: EvaluationSettings) -> Iterator[Problem]:
+    if evaluation.validation_attack_steps > 0 and data.validation_fraction == 0:
+        yield (
+            "evaluation.validation_attack_steps",
+            "would be ignored: data.validation_fraction is 0, so there is nothing to validate on",
+        )
+
+
+def _epochs(training: TrainingSettings, schedule: ScheduleSettings) -> Iterator[Problem]:
+    if isinstance(schedule, Step) and schedule.milestones[-1] >= training.epochs:
+        yield (
+            "schedule.milestones",
+            f"must be below training.epochs ({training.epochs}), or they are never reached",
+        )
+    if not isinstance(schedule, OneCycle) and schedule.warmup_epochs >= training.epochs:
+        yield "schedule.warmup_epochs", f"must be below training.epochs ({training.epochs})"
+
+
+def _perturbation_epochs(
+    training: TrainingSettings, perturbation: WeightPerturbationSettings | None
+) -> Iterator[Problem]:
+    if perturbation is not None and perturbation.start_epoch >= training.epochs:
+        yield (
+            "weight_perturbation.start_epoch",
+            f"must be below training.epochs ({training.epochs}), or weights are never perturbed",
+        )
+
+
+def _method_epochs(training: TrainingSettings, method: MethodSettings) -> Iterator[Problem]:
+    attack = getattr(method, "attack", None)
+    ramp = None if attack is None else attack.epsilon_ramp_epochs
+    if isinstance(ramp, int) and ramp > training.epochs:
+        yield (
+            "method.attack.epsilon_ramp_epochs",
+            f"must be at most training.epochs ({training.epochs}), or eps is never reached; "
+            'write "all" for the whole of training',
+        )
+    if getattr(method, "warmup_epochs", 0) > training.epochs:
+        yield "method.warmup_epochs", f"must be at most training.epochs ({training.epochs})"
+
+
+def _num_images(data: DataSettings, evaluation: EvaluationSettings) -> Iterator[Problem]:
+    limit, wanted = data.test_limit, evaluation.num_images
+    if limit is not None and wanted is not None and wanted > limit:
+        yield "evaluation.num_images", f"must be at most data.test_limit ({limit})"
+
+
+_CHECKS: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Problem]]], ...] = (
+    (("training", "evaluation"), _robust_validation),
+    (("training", "data"), _validation_split),
+    (("data", "evaluation"), _validation_attack),
+    (("training", "schedule"), _epochs),
+    (("training", "weight_perturbation"), _perturbation_epochs),
+    (("training", "method"), _method_epochs),
+    (("data", "evaluation"), _num_images),
+)

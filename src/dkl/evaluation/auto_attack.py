@@ -1,0 +1,420 @@
+"""AutoAttack: the package's attack objects, driven by a loop that can be resumed and trusted.
+
+Shapes: N samples, B samples of a batch, C classes or channels.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dkl.evaluation.accuracy import check_clean_logits
+from dkl.evaluation.auto_attack_phases import (
+    MIN_SIDE_SQUARE_L2,
+    Attack,
+    PhaseSettings,
+    Plan,
+    Version,
+    WarningCounter,
+    build_attack,
+    load_package,
+    plan_phases,
+)
+from dkl.evaluation.auto_attack_state import EvaluationState, hash_model, hash_tensors
+from dkl.evaluation.inputs import (
+    Norm,
+    TestData,
+    check_batching,
+    check_data,
+    check_threat,
+    checked_logits,
+    isolated,
+)
+from dkl.evaluation.sanity import check_differentiable, clean_output_notes, phase_notes
+from dkl.evaluation.verdict import LogitsModel, judge
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AttackProgress:
+    """Where an evaluation stands; given to the progress callback after every batch.
+
+    Args:
+        attack: name of the running attack.
+        attack_index: its 0-based position among ``num_attacks``.
+        num_attacks: attacks of the whole evaluation.
+        num_done: samples that this attack has finished.
+        num_attacked: samples that this attack takes on.
+        num_robust: samples that are still robust, of ``num_samples``.
+        num_samples: samples of the whole evaluation.
+        seconds: spent on this attack so far, batches of earlier runs included.
+    """
+
+    attack: str
+    attack_index: int
+    num_attacks: int
+    num_done: int
+    num_attacked: int
+    num_robust: int
+    num_samples: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class AttackRecord:
+    """What one attack of the ensemble did.
+
+    Args:
+        name: "apgd-ce", "apgd-t", "fab-t", "fab" or "square".
+        num_attacked: samples that were still robust when it began.
+        broken: [N] bool; samples that this attack broke.
+        robust_accuracy: after this attack, from 0 to 1.
+        seconds: wall time, batches of earlier runs included.
+        n_restarts: random restarts.
+        n_targets: target classes per sample; None: untargeted.
+    """
+
+    name: str
+    num_attacked: int
+    broken: Tensor
+    robust_accuracy: float
+    seconds: float
+    n_restarts: int
+    n_targets: int | None
+
+
+@dataclass(frozen=True)
+class AutoAttackResult:
+    """What an evaluation found; tensors are on the device of the images.
+
+    Args:
+        robust: [N] bool; classified correctly and not broken by any attack.
+        clean_correct: [N] bool; classified correctly without an attack.
+        predictions: [N] int64; the class predicted for the adversarial image where one was found,
+            for the clean image elsewhere.
+        attacks: one record per attack, in order.
+        standard: True when exactly the published standard ensemble ran: version "standard" and no
+            attack dropped or changed because of the number of classes.
+        version: "standard" or "fast".
+        norm: "Linf" or "L2".
+        eps: radius.
+        seed: of the attacks.
+        batch_size: samples per batch; it decides which noise a sample gets.
+        num_classes: C.
+        package_version: of pyautoattack.
+        notes: what a reader of the number should know; empty when nothing was unusual.
+        adversarial: [N, C, H, W] float32, clean images where no attack succeeded; None unless
+            asked for.
+    """
+
+    robust: Tensor
+    clean_correct: Tensor
+    predictions: Tensor
+    attacks: tuple[AttackRecord, ...]
+    standard: bool
+    version: Version
+    norm: Norm
+    eps: float
+    seed: int
+    batch_size: int
+    num_classes: int
+    package_version: str
+    notes: tuple[str, ...]
+    adversarial: Tensor | None = None
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Share of samples classified correctly without an attack, from 0 to 1."""
+        return float(self.clean_correct.double().mean())
+
+    @property
+    def robust_accuracy(self) -> float:
+        """Share of samples that survived every attack, from 0 to 1."""
+        return float(self.robust.double().mean())
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all attacks."""
+        return sum(record.seconds for record in self.attacks)
+
+
+def auto_attack(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float | str,
+    norm: Norm = "Linf",
+    version: Version = "standard",
+    batch_size: int = 256,
+    seed: int = 0,
+    state_dir: str | Path | None = None,
+    progress: Callable[[AttackProgress], None] | None = None,
+    return_adversarial: bool = False,
+) -> AutoAttackResult:
+    """Evaluate robustness with AutoAttack (Croce and Hein, 2020).
+
+    Attacks run one after the other, each on what is still robust, in batches fixed when the attack
+    begins. A sample is broken when its finished image is misclassified, in the ball and in [0, 1],
+    which is checked here again. Flags equal the package's own evaluation with the same seed and
+    batch size.
+
+    Args:
+        model: returns logits [N, C], with any normalisation inside. It is put in evaluation mode,
+            float32 and without parameter gradients, and left as it was found.
+        images: [N, C, H, W], float32 in [0, 1] or uint8.
+        labels: [N] int64 class indices.
+        eps: radius in pixel units of [0, 1]; text such as "8/255" is accepted.
+        norm: "Linf" or "L2".
+        version: "standard" (APGD-CE, APGD-T, FAB-T, Square) or "fast" (the first two).
+        batch_size: samples per batch. Every batch draws the same noise, so that results depend on
+            it slightly, as the package's do.
+        seed: of the attacks.
+        state_dir: folder that keeps finished batches; the same call takes up where it stopped.
+        progress: called after every batch; an exception in it stops the evaluation.
+        return_adversarial: also return the adversarial images.
+
+    Returns:
+        Flags per sample and a record per attack.
+
+    Raises:
+        ValueError: for wrong inputs, or a ``state_dir`` of another evaluation.
+        ImportError: when pyautoattack is not installed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
+        >>> _ = model[1].weight.data.copy_(torch.tensor([[1.0], [-1.0]]))
+        >>> images = torch.tensor([0.1, 0.9]).reshape(2, 1, 1, 1)
+        >>> result = auto_attack(
+        ...     model, images, torch.tensor([0, 0]), eps="8/255", version="fast"
+        ... )
+        >>> result.robust, result.standard
+        (tensor([True, True]), False)
+    """
+    data = check_data(model, images, labels)
+    check_batching(batch_size, seed)
+    radius = check_threat(norm, eps)
+    if norm == "L2" and version == "standard" and min(images.shape[2:]) < MIN_SIDE_SQUARE_L2:
+        raise ValueError(
+            f"Square under L2 needs images of at least {MIN_SIDE_SQUARE_L2} x "
+            f'{MIN_SIDE_SQUARE_L2} pixels, got {list(images.shape[2:])}. version="fast" runs.'
+        )
+    with isolated(model, data.device), torch.no_grad():
+        evaluation = _Evaluation(
+            model, data, radius, norm, version, batch_size, seed, state_dir, return_adversarial
+        )
+        records = tuple(
+            evaluation.run_phase(index, progress) for index in range(evaluation.num_phases)
+        )
+    return evaluation.result(records)
+
+
+class _Evaluation:
+    """One evaluation: the flags so far, and how to run its next attack."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: TestData,
+        eps: float,
+        norm: Norm,
+        version: Version,
+        batch_size: int,
+        seed: int,
+        state_dir: str | Path | None,
+        keep_adversarial: bool,
+    ) -> None:
+        self.data, self.eps, self.norm = data, eps, norm
+        self.version, self.batch_size, self.seed = version, batch_size, seed
+        self.keep_adversarial = keep_adversarial
+        self.package, version_notes = load_package()
+        self.notes = list(version_notes)
+        first_BCHW, _ = data.batch(torch.arange(min(batch_size, len(data))))
+        first_BC = checked_logits(model(first_BCHW), len(first_BCHW))
+        self.predict = LogitsModel(model, first_BC.shape[1])
+        check_differentiable(model, first_BCHW[:1])
+        self.plan: Plan = plan_phases(version, first_BC.shape[1])
+        self.notes += self.plan.notes
+        self.notes += clean_output_notes(first_BC, self.predict(first_BCHW))
+        self.state: EvaluationState | None = None
+        if state_dir is not None:
+            self.state = EvaluationState(state_dir, self._key(model))
+        clean = self._once("clean", self._clean_pass)
+        self.clean_correct = clean["correct"]
+        self.predictions = clean["predictions"]
+        self.robust = self.clean_correct.clone()
+        self.adversarial = data.float_copy() if keep_adversarial else None
+        for note in self.notes:
+            logger.warning("%s", note)
+
+    @property
+    def num_phases(self) -> int:
+        """Attacks of this evaluation."""
+        return len(self.plan.phases)
+
+    def run_phase(
+        self, index: int, progress: Callable[[AttackProgress], None] | None
+    ) -> AttackRecord:
+        """Run one attack on what is still robust."""
+        phase = self.plan.phases[index]
+        # Fixed here: the batches of an attack depend on the flags before it alone, so that a run
+        # that was stopped meets the same batches again.
+        attacked = self.robust.nonzero().squeeze(1)
+        totals = {"seconds": 0.0, "num_rejected": 0.0, "num_non_finite": 0.0, "num_warnings": 0.0}
+        before, num_done = int(self.robust.sum()), 0
+        broken = torch.zeros_like(self.robust)
+        warnings = WarningCounter()
+        attack = build_attack(
+            self.package,
+            phase,
+            self.predict,
+            eps=self.eps,
+            norm=self.norm,
+            device=self.data.device,
+            seed=self.seed,
+            warnings=warnings,
+        )
+        for number, indices_B in enumerate(attacked.split(self.batch_size)):
+            outcome = self._once(
+                f"{index}-{phase.name}-{number:05d}",
+                lambda batch=indices_B: self._attack_batch(attack, batch, warnings),
+            )
+            self._apply(indices_B, outcome, broken)
+            for name in totals:
+                totals[name] += float(outcome[name])
+            num_done += len(indices_B)
+            if progress is not None:
+                progress(self._progress(phase, index, num_done, before, totals["seconds"]))
+        after = int(self.robust.sum())
+        logger.info("%s: %d of %d samples robust", phase.name, after, len(self.data))
+        for note in phase_notes(phase.name, totals, before, after, len(self.data)):
+            logger.warning("%s", note)
+            self.notes.append(note)
+        return AttackRecord(
+            name=phase.name,
+            num_attacked=before,
+            broken=self._home(broken),
+            robust_accuracy=after / len(self.data),
+            seconds=totals["seconds"],
+            n_restarts=phase.n_restarts,
+            n_targets=phase.n_targets,
+        )
+
+    def result(self, records: tuple[AttackRecord, ...]) -> AutoAttackResult:
+        """Put the result together."""
+        return AutoAttackResult(
+            robust=self._home(self.robust),
+            clean_correct=self._home(self.clean_correct),
+            predictions=self._home(self.predictions),
+            attacks=records,
+            standard=self.version == "standard" and not self.plan.changed,
+            version=self.version,
+            norm=self.norm,
+            eps=self.eps,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            num_classes=self.predict.num_classes,
+            package_version=str(getattr(self.package, "__version__", "unknown")),
+            notes=tuple(self.notes),
+            adversarial=self.adversarial,
+        )
+
+    def _once(
+        self, name: str, compute: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """Return a step's outcome from the state folder, or compute and save it."""
+        if self.state is None:
+            return compute()
+        saved = self.state.load(name)
+        if saved is None:
+            saved = dict(compute())
+            self.state.save(name, saved)
+        return saved
+
+    def _clean_pass(self) -> dict[str, Tensor]:
+        """Classify the unperturbed images; the outcome is on the CPU."""
+        logits_NC = torch.cat(
+            [
+                self.predict(self.data.batch(indices_B)[0]).cpu()
+                for indices_B in torch.arange(len(self.data)).split(self.batch_size)
+            ]
+        )
+        labels_N = self.data.labels_N.cpu()
+        check_clean_logits(logits_NC, labels_N)
+        predictions_N = logits_NC.max(dim=1).indices
+        return {"correct": predictions_N == labels_N, "predictions": predictions_N}
+
+    def _attack_batch(
+        self, attack: Attack, indices_B: Tensor, warnings: WarningCounter
+    ) -> dict[str, Tensor]:
+        """Attack one batch and judge the finished images; the outcome is on the CPU."""
+        images_BCHW, labels_B = self.data.batch(indices_B)
+        warnings.num_warnings = 0
+        start = time.perf_counter()
+        adversarial_BCHW = attack(images_BCHW, labels_B)
+        verdict = judge(
+            self.predict, adversarial_BCHW, images_BCHW, labels_B, eps=self.eps, norm=self.norm
+        )
+        outcome = {
+            "indices": indices_B,
+            "broken": verdict.broken_B.cpu(),
+            "predictions": verdict.predictions_B.cpu(),
+            "seconds": torch.tensor(time.perf_counter() - start, dtype=torch.float64),
+            "num_rejected": torch.tensor(verdict.num_rejected),
+            "num_non_finite": torch.tensor(verdict.num_non_finite),
+            "num_warnings": torch.tensor(warnings.num_warnings),
+        }
+        if self.keep_adversarial:
+            outcome["adversarial"] = adversarial_BCHW[verdict.broken_B].cpu()
+        return outcome
+
+    def _apply(self, indices_B: Tensor, outcome: Mapping[str, Tensor], broken: Tensor) -> None:
+        """Enter a batch's outcome into the flags."""
+        if not torch.equal(outcome["indices"], indices_B):
+            raise RuntimeError("a saved batch does not match the flags before it")
+        lost = indices_B[outcome["broken"]]
+        self.robust[lost] = False
+        broken[lost] = True
+        self.predictions[lost] = outcome["predictions"][outcome["broken"]]
+        if self.adversarial is not None:
+            home = self.adversarial.device
+            self.adversarial[lost.to(home)] = outcome["adversarial"].to(home)
+
+    def _progress(
+        self, phase: PhaseSettings, index: int, num_done: int, num_attacked: int, seconds: float
+    ) -> AttackProgress:
+        """Describe where the evaluation stands."""
+        return AttackProgress(
+            attack=phase.name,
+            attack_index=index,
+            num_attacks=self.num_phases,
+            num_done=num_done,
+            num_attacked=num_attacked,
+            num_robust=int(self.robust.sum()),
+            num_samples=len(self.data),
+            seconds=seconds,
+        )
+
+    def _key(self, model: nn.Module) -> dict[str, object]:
+        """Return the facts that decide the result, for the state folder."""
+        return {
+            "eps": self.eps,
+            "norm": self.norm,
+            "version": self.version,
+            "attacks": self.plan.as_key(),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "return_adversarial": self.keep_adversarial,
+            "package_version": str(getattr(self.package, "__version__", "unknown")),
+            "weights": hash_model(model),
+            "data": hash_tensors(self.data.images_NCHW, self.data.labels_N),
+        }
+
+    def _home(self, tensor: Tensor) -> Tensor:
+        """Move a result to the device of the images."""
+        return tensor.to(self.data.images_NCHW.device)

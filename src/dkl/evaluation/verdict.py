@@ -1,0 +1,105 @@
+"""Who won: whether finished adversarial images are allowed, and whether they fool the model.
+
+Shapes: B samples of a batch, C classes or channels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dkl.evaluation.inputs import Norm, checked_logits
+
+Predict = Callable[[Tensor], Tensor]
+
+# Rounding allowance of the radius, absolute up to a radius of 1 and relative above: float32 cannot
+# hold a long L2 perturbation more exactly.
+TOLERANCE = 1e-6
+
+
+class LogitsModel:
+    """A model as attacks want it: fresh float32 logits [B, C], also for an empty batch.
+
+    The copy matters: some attacks write into the logits, which may share memory with the images or
+    a parameter. Some attacks ask for the logits of no images, which many models cannot give.
+
+    Args:
+        model: returns logits [B, C].
+        num_classes: C.
+    """
+
+    def __init__(self, model: nn.Module, num_classes: int) -> None:
+        self.model = model
+        self.num_classes = num_classes
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        if len(images_BCHW) == 0:
+            return images_BCHW.new_zeros((0, self.num_classes))
+        return checked_logits(self.model(images_BCHW), len(images_BCHW)).clone()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What finished adversarial images do.
+
+    Args:
+        broken_B: [B] bool; the image is allowed and is not classified as its label.
+        predictions_B: [B] int64 predicted classes.
+        num_rejected: images that fool the model but are not allowed.
+        num_non_finite: allowed images whose logits are NaN or infinite; they count as broken.
+    """
+
+    broken_B: Tensor
+    predictions_B: Tensor
+    num_rejected: int
+    num_non_finite: int
+
+
+def perturbation_sizes(adversarial_BCHW: Tensor, clean_BCHW: Tensor, norm: Norm) -> Tensor:
+    """Return the norm of each sample's perturbation, computed in float64: [B]."""
+    delta = (adversarial_BCHW.double() - clean_BCHW.double()).flatten(1)
+    if norm == "Linf":
+        return delta.abs().amax(dim=1)
+    return delta.norm(dim=1)
+
+
+def judge(
+    predict: Predict,
+    adversarial_BCHW: Tensor,
+    clean_BCHW: Tensor,
+    labels_B: Tensor,
+    *,
+    eps: float,
+    norm: Norm,
+) -> Verdict:
+    """Judge finished adversarial images: their prediction, their norm and their range [0, 1].
+
+    Args:
+        predict: returns logits [B, C].
+        adversarial_BCHW: [B, C, H, W] finished images.
+        clean_BCHW: [B, C, H, W] the images they were made from.
+        labels_B: [B] int64.
+        eps: radius of the ball.
+        norm: norm of the ball.
+
+    Returns:
+        The verdict; NaN pixels are not allowed, NaN logits are not a correct prediction.
+    """
+    with torch.no_grad():
+        logits_BC = predict(adversarial_BCHW)
+    predictions_B = logits_BC.max(dim=1).indices
+    finite_B = logits_BC.isfinite().all(dim=1)
+    pixels = adversarial_BCHW.flatten(1)
+    # Comparisons with NaN are False, so that NaN pixels are outside.
+    allowed_B = perturbation_sizes(adversarial_BCHW, clean_BCHW, norm) <= eps + TOLERANCE * max(
+        1.0, eps
+    )
+    allowed_B = allowed_B & (pixels.amin(dim=1) >= 0.0) & (pixels.amax(dim=1) <= 1.0)
+    fooled_B = (predictions_B != labels_B) | ~finite_B
+    return Verdict(
+        broken_B=fooled_B & allowed_B,
+        predictions_B=predictions_B,
+        num_rejected=int((fooled_B & ~allowed_B).sum()),
+        num_non_finite=int((allowed_B & ~finite_B).sum()),
+    )

@@ -1,0 +1,320 @@
+"""The decoupled Kullback-Leibler loss: weighted MSE on logit differences plus soft cross-entropy.
+
+Source: Cui et al., "Decoupled Kullback-Leibler Divergence Loss", NeurIPS 2024 (arXiv 2305.13948),
+and "Generalized Kullback-Leibler Divergence Loss" (arXiv 2503.08038) for gamma and "weights".
+
+Shapes: N rows, C classes. With d = target - input, weights w, W = sum_j w_j and
+mu = sum_j w_j d_j / W, the pairwise weighted MSE of a row needs O(C) only, in centred form:
+
+    (1/4) sum_jk w_j w_k (d_j - d_k)^2  =  (W/2) sum_j w_j (d_j - mu)^2.
+"""
+
+from typing import Literal, NamedTuple, TypedDict, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import Unpack
+
+from dkl.losses.reduction import keep_counted, num_counted, reduce_rows
+from dkl.losses.rows import (
+    NO_LABEL,
+    check_logits,
+    check_number,
+    check_reduction,
+    compute_dtype,
+    counted_rows,
+    to_rows,
+)
+
+BACKENDS = ("auto", "reference")
+PLANNED_BACKENDS = ("blocked", "compile", "triton")
+
+
+class DecoupledParts(NamedTuple):
+    """The two terms of the loss without their weights, detached, reduced as the loss is."""
+
+    weighted_mse: Tensor
+    soft_cross_entropy: Tensor
+
+
+class DecoupledOptions(TypedDict, total=False):
+    """Keyword options of :func:`decoupled_kl_loss`, where they are explained."""
+
+    class_table: Tensor | None
+    labels: Tensor | None
+    ignore_index: int
+    mask: Tensor | None
+    mse_weight: float
+    ce_weight: float
+    temperature: float
+    weight_temperature: float
+    gamma: float
+    normalization: str
+    break_asymmetry: bool
+    detach_weights: bool
+    reduction: str
+    denominator: float | Tensor | None
+    num_items: float | Tensor | None
+    backend: str
+
+
+def weighted_mse_rows(
+    input_NC: Tensor, target_NC: Tensor, weights_NC: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the weighted MSE of each row in centred form, and its weight sum W; both [N]."""
+    difference_NC = target_NC - input_NC
+    total_N1 = weights_NC.sum(-1, keepdim=True)
+    # A row whose weights are all zero contributes zero, not 0/0.
+    divisor_N1 = torch.where(total_N1 > 0, total_N1, torch.ones_like(total_N1))
+    mean_N1 = (weights_NC * difference_NC).sum(-1, keepdim=True) / divisor_N1
+    squares_N = (weights_NC * (difference_NC - mean_N1).square()).sum(-1)
+    total_N = total_N1.squeeze(-1)
+    return 0.5 * total_N * squares_N, total_N
+
+
+def soft_cross_entropy_rows(input_NC: Tensor, target_NC: Tensor, temperature: float) -> Tensor:
+    """Return -sum_j softmax(target/T)_j log softmax(input/T)_j per row, soft label detached."""
+    label_NC = F.softmax(target_NC.detach() / temperature, -1)
+    return -(label_NC * F.log_softmax(input_NC / temperature, -1)).sum(-1)
+
+
+def _table_rows(class_table: Tensor, labels_N: Tensor) -> Tensor:
+    """Gather rows of the class table; an unknown label is an error, as in F.cross_entropy."""
+    if torch.compiler.is_compiling():
+        return class_table.index_select(0, labels_N)
+    try:
+        return class_table.index_select(0, labels_N)
+    except IndexError as error:
+        raise ValueError(
+            f"labels must be in [0, {class_table.shape[0]}) or ignore_index where a row does not "
+            f"count, got {labels_N.min().item()} to {labels_N.max().item()}"
+        ) from error
+
+
+def class_weights(
+    target_NC: Tensor,
+    class_probs: Tensor | None,
+    class_table: Tensor | None,
+    labels: Tensor | None,
+    counted: Tensor | None,
+    weight_temperature: float,
+    gamma: float,
+) -> Tensor:
+    """Return the weights w [N, C] from their one source, raised to the power gamma."""
+    if class_table is not None and labels is not None:
+        labels_N = labels.reshape(-1).long()
+        labels_N = labels_N if counted is None else labels_N.masked_fill(~counted, 0)
+        weights_NC = _table_rows(class_table.to(target_NC.dtype), labels_N)
+    elif class_probs is not None:
+        weights_NC = to_rows(class_probs, target_NC.dtype, counted)
+    else:  # in log space, so that the power's gradient is finite where a probability underflows
+        return (gamma * F.log_softmax(target_NC / weight_temperature, -1)).exp()
+    return weights_NC if gamma == 1.0 else weights_NC.pow(gamma)
+
+
+def _check_weight_source(
+    input: Tensor,
+    class_probs: Tensor | None,
+    class_table: Tensor | None,
+    labels: Tensor | None,
+    ignore_index: int,
+    weight_temperature: float,
+) -> None:
+    num_classes = input.shape[1]
+    if class_probs is not None and class_table is not None:
+        raise ValueError("give class_probs or class_table with labels, not both")
+    if class_table is not None and labels is None:
+        raise ValueError("class_table needs labels: its rows are gathered by them")
+    if class_table is not None and class_table.shape != (num_classes, num_classes):
+        raise ValueError(
+            f"class_table must be [C, C] = [{num_classes}, {num_classes}], "
+            f"got {list(class_table.shape)}"
+        )
+    if class_probs is not None and class_probs.shape != input.shape:
+        raise ValueError(
+            f"class_probs must have input's shape {list(input.shape)}, "
+            f"got {list(class_probs.shape)}; a [C, C] table goes to class_table, with labels"
+        )
+    if weight_temperature != 1.0 and (class_probs is not None or class_table is not None):
+        raise ValueError(
+            "weight_temperature acts on softmax(target) weights only and would be ignored with "
+            "class_probs or class_table; pass it to ClassStatistics(temperature=...) instead"
+        )
+    if labels is None and ignore_index != NO_LABEL:
+        raise ValueError("ignore_index would be ignored without labels: pass labels too")
+
+
+def _check_options(options: DecoupledOptions) -> None:
+    check_reduction(options["reduction"])
+    check_number("mse_weight", options["mse_weight"])
+    check_number("ce_weight", options["ce_weight"])
+    check_number("gamma", options["gamma"])
+    check_number("temperature", options["temperature"], positive=True)
+    check_number("weight_temperature", options["weight_temperature"], positive=True)
+    normalization, backend = options["normalization"], options["backend"]
+    if normalization not in ("rows", "weights"):
+        raise ValueError(f"normalization must be 'rows' or 'weights', got {normalization!r}")
+    if options["denominator"] is not None and normalization == "rows":
+        raise ValueError("denominator belongs to normalization='weights'; for rows pass num_items")
+    if options["num_items"] is not None and options["reduction"] != "mean":
+        raise ValueError("num_items replaces the row count of reduction='mean' and needs it")
+    if backend in PLANNED_BACKENDS:
+        raise ValueError(f"backend {backend!r} is not in this version; use 'auto' or 'reference'")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+
+
+@overload
+def decoupled_kl_loss(
+    input: Tensor,
+    target: Tensor,
+    class_probs: Tensor | None = ...,
+    *,
+    return_parts: Literal[True],
+    **options: Unpack[DecoupledOptions],
+) -> tuple[Tensor, DecoupledParts]: ...
+@overload
+def decoupled_kl_loss(
+    input: Tensor,
+    target: Tensor,
+    class_probs: Tensor | None = ...,
+    *,
+    return_parts: Literal[False] = ...,
+    **options: Unpack[DecoupledOptions],
+) -> Tensor: ...
+
+
+def decoupled_kl_loss(
+    input: Tensor,
+    target: Tensor,
+    class_probs: Tensor | None = None,
+    *,
+    class_table: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = NO_LABEL,
+    mask: Tensor | None = None,
+    mse_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    temperature: float = 1.0,
+    weight_temperature: float = 1.0,
+    gamma: float = 1.0,
+    normalization: str = "rows",
+    break_asymmetry: bool = True,
+    detach_weights: bool = True,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    return_parts: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, DecoupledParts]:
+    r"""Compute the decoupled KL loss, the engine behind the DKL, IKL and GKL losses.
+
+    .. math::
+        \frac{a}{4} \sum_{jk} w_j w_k (\Delta m_{jk} - \Delta n_{jk})^2
+        - b \sum_j softmax(m / T)_j \log softmax(n / T)_j
+
+    with m = target, n = input, :math:`\Delta m_{jk} = m_j - m_k` (equations 5 to 7 of arXiv
+    2305.13948), averaged over rows. Exact in O(C) time and memory. The weights w of a row are
+    ``class_probs``, or the row of ``class_table`` of its label (class-wise global information),
+    or softmax(target / weight_temperature); then w := w^gamma, not renormalised.
+
+    Coming from ``F.kl_div``: the order of the arguments is the same, but both are *logits* (no log,
+    no softmax), "mean" is over rows ("batchmean" there), and there is no ``log_target``.
+
+    Args:
+        input: [N, C] or [N, C, d1, ...] logits of the prediction (student, adversarial); any
+            floating dtype, finite. Gets gradients from the soft cross-entropy and, when
+            ``break_asymmetry``, from the weighted MSE.
+        target: logits of the reference (teacher, clean), of input's shape. Gets gradients from the
+            weighted MSE; detach it where the reference is fixed.
+        class_probs: weights of each row, input's shape, >= 0; rows need not sum to one.
+        class_table: [C, C] weights by class, gathered by ``labels`` (see ``ClassStatistics``).
+        labels: integers of input's shape without dim 1, in [0, C) or ``ignore_index``.
+        ignore_index: rows with this label do not count.
+        mask: bool, input's shape without dim 1; True where a row counts. Rows that do not count
+            reach neither loss nor gradients, even when they hold NaN.
+        mse_weight: a >= 0 (the authors' BETA); the factor 1/4 is inside the term.
+        ce_weight: b >= 0 (the authors' ALPHA).
+        temperature: T > 0 of the soft cross-entropy only. No T^2 factor is applied.
+        weight_temperature: > 0, of softmax(target) weights only.
+        gamma: power of the weights, >= 0.
+        normalization: "rows" divides both terms by the number of rows that count; "weights" (GKL)
+            divides the weighted MSE by D, the sum over these rows of (sum_j w_j)^2, instead.
+        break_asymmetry: let the weighted MSE reach ``input`` too (BA); False gives DKL.
+        detach_weights: no gradient through the weights.
+        reduction: "mean", "sum", or "none": one value per row, zero where it does not count; with
+            "weights" normalization their mean over counted rows is the loss.
+        denominator: replaces D, for exact data parallelism and gradient accumulation.
+        num_items: replaces the number of rows in "mean", likewise.
+        return_parts: also return the two terms without their weights, detached.
+        backend: "auto" or "reference" (plain autograd: double backward, torch.func).
+
+    Returns:
+        The loss (float32 for half inputs), or with ``return_parts`` the loss and
+        ``DecoupledParts``. With no rows that count it is 0.0 with zero gradients.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit, or an option that has no effect.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 0.0, -1.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[1.0, 1.0, 0.0]])
+        >>> loss, parts = decoupled_kl_loss(student, teacher, return_parts=True)
+        >>> [round(x.item(), 4) for x in (loss, *parts)]
+        [1.9685, 0.4879, 1.4806]
+    """
+    _check_options(
+        {
+            "mse_weight": mse_weight,
+            "ce_weight": ce_weight,
+            "temperature": temperature,
+            "weight_temperature": weight_temperature,
+            "gamma": gamma,
+            "normalization": normalization,
+            "reduction": reduction,
+            "denominator": denominator,
+            "num_items": num_items,
+            "backend": backend,
+        }
+    )
+    check_logits(input, target)
+    _check_weight_source(input, class_probs, class_table, labels, ignore_index, weight_temperature)
+    counted = counted_rows(input, mask, labels, ignore_index)
+    dtype = compute_dtype(input, target)
+    input_NC, target_NC = to_rows(input, dtype, counted), to_rows(target, dtype, counted)
+    weights_NC = class_weights(
+        target_NC, class_probs, class_table, labels, counted, weight_temperature, gamma
+    )
+    mse_N, total_N = weighted_mse_rows(
+        input_NC if break_asymmetry else input_NC.detach(),
+        target_NC,
+        weights_NC.detach() if detach_weights else weights_NC,
+    )
+    if normalization == "weights":
+        mse_N = mse_N * _rows_per_weight(total_N, counted, denominator, num_items)
+    ce_N = soft_cross_entropy_rows(input_NC, target_NC, temperature)
+    row_shape = input.shape[:1] + input.shape[2:]
+    loss = reduce_rows(
+        mse_weight * mse_N + ce_weight * ce_N, reduction, counted, row_shape, num_items
+    )
+    if not return_parts:
+        return loss
+    mse, ce = (
+        reduce_rows(x.detach(), reduction, counted, row_shape, num_items) for x in (mse_N, ce_N)
+    )
+    return loss, DecoupledParts(mse, ce)
+
+
+def _rows_per_weight(
+    total_N: Tensor,
+    counted: Tensor | None,
+    denominator: float | Tensor | None,
+    num_items: float | Tensor | None,
+) -> Tensor | float:
+    """Return n / D: turns a mean over rows into a sum divided by D (normalization="weights")."""
+    num_rows = num_counted(total_N, counted) if num_items is None else num_items
+    if denominator is None:
+        weight_sum = keep_counted(total_N.square(), counted).sum()
+        denominator = torch.where(weight_sum > 0, weight_sum, torch.ones_like(weight_sum))
+    return num_rows / denominator

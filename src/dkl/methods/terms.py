@@ -1,0 +1,158 @@
+"""Pieces that several methods share: exact normalisation over a step, and the frozen teacher."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dkl.losses import ClassStatistics, gkl_loss, ikl_loss
+from dkl.methods.protocol import Batch, StepContext, StepOutput
+
+
+def hard_cross_entropy(
+    logits_BC: Tensor, batch: Batch, context: StepContext, label_smoothing: float = 0.0
+) -> Tensor:
+    """Return the share of this micro-batch in the step's mean cross-entropy with the labels."""
+    values_B = F.cross_entropy(
+        logits_BC.float() if logits_BC.dtype.itemsize < 4 else logits_BC,
+        batch.labels,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    return values_B.masked_fill(~batch.mask, 0.0).sum() / context.num_items
+
+
+def step_output(
+    terms: Mapping[str, Tensor], logits_BC: Tensor, batch: Batch, context: StepContext
+) -> StepOutput:
+    """Add up the terms (each a share of the step's mean) into what the loop expects."""
+    loss = torch.stack([*terms.values()]).sum()
+    parts = {"loss": loss.detach() * context.num_items}
+    if len(terms) > 1:
+        parts |= {name: term.detach() * context.num_items for name, term in terms.items()}
+    return StepOutput(loss * context.loss_scale, logits_BC.detach(), parts, batch.mask.sum())
+
+
+class DecoupledTerm(nn.Module):
+    """The IKL or GKL loss of a training step, with its class table, exact when a step is split.
+
+    Args:
+        num_classes: C.
+        class_weights: weigh by the class table (GI); False: by softmax(target).
+        weight_temperature: tau > 0 of the table, or of softmax(target).
+        gamma: None for the IKL loss, else the GKL loss with this power.
+        options: weights, temperature, break_asymmetry of the loss.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        class_weights: bool = True,
+        weight_temperature: float = 1.0,
+        gamma: float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.statistics = (
+            ClassStatistics(num_classes, weight_temperature) if class_weights else None
+        )
+        self.gamma = gamma
+        self.weight_temperature = weight_temperature
+        self.options = options
+
+    @property
+    def couples_batch(self) -> bool:
+        """GKL's denominator is known for a whole step only when weights follow from labels."""
+        return self.gamma is not None and self.statistics is None
+
+    def forward(
+        self, input_BC: Tensor, target_BC: Tensor, batch: Batch, context: StepContext
+    ) -> Tensor:
+        """Return the share of this micro-batch in the step's loss."""
+        options = {
+            **self.options,
+            **self.weight_source(batch.labels),
+            "mask": batch.mask,
+            "num_items": context.num_items,
+        }
+        if self.gamma is None:
+            ikl: Tensor = ikl_loss(input_BC, target_BC, **options)
+            return ikl
+        denominator = self._denominator(target_BC, batch, context)
+        gkl: Tensor = gkl_loss(
+            input_BC, target_BC, gamma=self.gamma, denominator=denominator, **options
+        )
+        return gkl
+
+    def weight_source(self, labels_B: Tensor) -> dict[str, Any]:
+        """Return the options of the loss that say where its weights come from."""
+        if self.statistics is not None:
+            return {"class_table": self.statistics.table, "labels": labels_B}
+        return {"weight_temperature": self.weight_temperature}
+
+    def _denominator(self, target_BC: Tensor, batch: Batch, context: StepContext) -> Tensor:
+        """Return D of the whole step (class table), or this micro-batch's D scaled up to it."""
+        gamma = 1.0 if self.gamma is None else self.gamma
+        if self.statistics is not None:
+            weights_C = self.statistics.table.pow(gamma).sum(1)
+            return weights_C[context.step_labels].square().sum()
+        scaled = target_BC.detach() / self.weight_temperature
+        weights_B = (gamma * F.log_softmax(scaled.to(self._dtype(scaled)), 1)).exp().sum(1)
+        weight_sum = weights_B.masked_fill(~batch.mask, 0.0).square().sum()
+        share = batch.mask.sum().clamp(min=1) / context.num_items
+        return weight_sum.clamp(min=torch.finfo(weight_sum.dtype).tiny) / share
+
+    @staticmethod
+    def _dtype(values: Tensor) -> torch.dtype:
+        return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+    def observe(self, target_BC: Tensor, batch: Batch, context: StepContext) -> None:
+        """Add the reference's predictions to the class statistics, once per step."""
+        if self.statistics is not None and context.phase == "update":
+            self.statistics.update(target_BC, batch.labels, batch.mask)
+
+    def commit(self) -> None:
+        """Publish the epoch's class table; collective."""
+        if self.statistics is not None:
+            self.statistics.commit()
+
+    def consolidate(self) -> None:
+        """Gather running sums on the first process; collective."""
+        if self.statistics is not None:
+            self.statistics.consolidate()
+
+
+class FrozenTeacher(nn.Module):
+    """A teacher that stays in eval mode, gets no gradients and is no part of a saved state.
+
+    The recipe names the teacher, so no checkpoint copies its weights: it is not registered as a
+    submodule, and only follows when the method moves to a device or dtype.
+
+    Args:
+        model: the trained teacher; images in [0, 1] in, logits [B, C] out.
+
+    Example:
+        >>> teacher = FrozenTeacher(nn.Linear(4, 3)).train()
+        >>> teacher.model.training, teacher(torch.zeros(2, 4)).requires_grad, teacher.state_dict()
+        (False, False, OrderedDict())
+    """
+
+    model: nn.Module
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "model", model.eval().requires_grad_(False))
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the teacher's logits."""
+        logits: Tensor = self.model(images)
+        return logits
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenTeacher":
+        for module in (super(), self.model):  # what .to(), .double() and .cuda() call
+            module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self

@@ -1,0 +1,1 @@
+"""Shipped recipes as package data: complete YAML files, read through ``dkl.config``."""
