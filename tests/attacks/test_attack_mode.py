@@ -118,12 +118,12 @@ def test_train_updates_buffers_as_training_does():
 def test_batch_stats_normalises_as_train_does():
     model = make_model()
     model[5].p = 0.0
+    with attack_mode(model, "eval"):
+        other = model(IMAGES)
     with attack_mode(model, "train"):
         expected = model(IMAGES)
     with attack_mode(model, "batch-stats"):
         actual = model(IMAGES)
-    with attack_mode(model, "eval"):
-        other = model(IMAGES)
     assert torch.equal(actual, expected)
     assert not torch.allclose(other, expected)
 

@@ -54,7 +54,9 @@ def test_a_sample_depends_on_its_own_draws_alone() -> None:
     order = torch.randperm(12)
     shuffled = augment(images[order], fixed_draw(uniform[order]))
     assert torch.equal(shuffled, whole[order])
-    halves = [augment(images[part], fixed_draw(uniform[part])) for part in torch.arange(12).chunk(2)]
+    halves = [
+        augment(images[part], fixed_draw(uniform[part])) for part in torch.arange(12).chunk(2)
+    ]
     assert torch.equal(torch.cat(halves), whole)
 
 

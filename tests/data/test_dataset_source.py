@@ -79,9 +79,10 @@ def test_bad_samples_are_explained(sample: Any, message: str) -> None:
 
 def test_bad_datasets_are_explained() -> None:
     class Stream(IterableDataset[Any]):
-        pass
+        def __iter__(self) -> Any:
+            return iter(())
 
-    with pytest.raises(ValueError, match="map-style.*got Stream"):
+    with pytest.raises(ValueError, match=r"map-style.*got Stream"):
         DatasetSource(Stream())
     with pytest.raises(ValueError, match="empty Samples"):
         DatasetSource(Samples([]))

@@ -3,7 +3,14 @@
 from dkl.config.data import AugmentSettings, DataSettings, ModelSettings
 from dkl.config.errors import RecipeError
 from dkl.config.evaluation import EvaluationSettings
-from dkl.config.loading import list_recipes, load_recipe, recipe_text, resolved, to_yaml
+from dkl.config.loading import (
+    list_recipes,
+    load_recipe,
+    override,
+    recipe_text,
+    resolved,
+    to_yaml,
+)
 from dkl.config.method import (
     GKLAT,
     GKLKD,
@@ -31,6 +38,7 @@ from dkl.config.training import (
     TrainingSettings,
     WeightPerturbationSettings,
 )
+from dkl.config.tuning import Choices, Range, TuningSettings
 
 __all__ = [
     "GKLAT",
@@ -45,6 +53,7 @@ __all__ = [
     "AttackSettings",
     "AugmentSettings",
     "AveragingSettings",
+    "Choices",
     "Constant",
     "Cosine",
     "DataSettings",
@@ -54,15 +63,18 @@ __all__ = [
     "Natural",
     "OneCycle",
     "OptimizerSettings",
+    "Range",
     "Recipe",
     "RecipeError",
     "ScheduleSettings",
     "Step",
     "TeacherSettings",
     "TrainingSettings",
+    "TuningSettings",
     "WeightPerturbationSettings",
     "list_recipes",
     "load_recipe",
+    "override",
     "recipe_text",
     "resolved",
     "to_yaml",

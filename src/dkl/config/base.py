@@ -73,8 +73,8 @@ def epsilon_problems(key: str, norm: Norm, eps: float) -> Iterator[Problem]:
     """Yield a problem if ``eps`` covers more than the whole range of pixels in [0, 1].
 
     Example:
-        >>> list(epsilon_problems("eps", "Linf", 0.03)), len(list(epsilon_problems("eps", "Linf", 8)))
-        ([], 1)
+        >>> list(epsilon_problems("eps", "Linf", 0.03)), list(epsilon_problems("eps", "L2", 8))
+        ([], [])
     """
     if norm == "Linf" and eps > 1:
         yield key, f"pixels lie in [0, 1], so a Linf eps is at most 1; did you mean {eps:g}/255?"

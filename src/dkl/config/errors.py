@@ -10,8 +10,23 @@ from pydantic_core import ErrorDetails
 
 from dkl.config.base import Problem, Section
 from dkl.config.recipe import Recipe
+from dkl.config.tuning import Choices, Range
 
 _UNIONS = ("method", "optimizer", "schedule")
+_SECTION = "must be a section with keys of its own"
+_LIST = "must be a list such as [10, 20]"
+_IN_WORDS = {
+    "model_type": _SECTION,
+    "model_attributes_type": _SECTION,
+    "dict_type": _SECTION,
+    "tuple_type": _LIST,
+    "int_type": "must be an integer",
+    "float_type": "must be a number such as 0.03 or 8/255",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "finite_number": "must be a finite number",
+    "string_pattern_mismatch": 'must be letters, digits, "_", "-" and "." only',
+}
 
 
 class RecipeError(ValueError):
@@ -86,9 +101,8 @@ def _translate(details: ErrorDetails) -> Problem:
         near = difflib.get_close_matches(tag, kinds, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         return f"{key}.kind = {show(tag)}", f"must be one of {', '.join(kinds)}{hint}"
-    message = details["msg"].replace("Input should", "must").replace("must be a valid", "must be a")
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        message = "must be a section with keys of its own"
+    message = details["msg"].replace("Input should", "must")
+    message = _IN_WORDS.get(kind, message)
     if kind == "literal_error" and isinstance(value, str):
         options = [
             part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")
@@ -103,16 +117,15 @@ def _unknown_key(location: tuple[int | str, ...]) -> str:
     model = _model_at(location[:-1])
     if model is None:
         return "unknown key"
-    if name in model.hints:
-        return model.hints[name]
-    message = f"unknown key; {suggestion(name, model.model_fields)}"
-    if len(location) >= 2 and location[0] in _UNIONS:
+    message = model.hints.get(name) or f"unknown key; {suggestion(name, model.model_fields)}"
+    if len(location) == 3 and location[0] in _UNIONS:
         others = _kinds(str(location[0]))
         having = [kind for kind, other in others.items() if name in other.model_fields]
-        if having and len(location) == 3:
+        if having:
+            reason = model.hints.get(name) or f"kind {location[1]} has no such key"
             message = (
-                f"kind {location[1]} has no such key ({', '.join(having)} has); to change the "
-                f"kind, replace the section: '{location[0]}={{kind: {having[0]}, ...}}'"
+                f"{reason} (kinds with it: {', '.join(having)}); to change the kind, replace the "
+                f"whole section: '{location[0]}={{kind: ..., ...}}'"
             )
     return message
 
@@ -122,6 +135,8 @@ def _dotted(location: tuple[int | str, ...]) -> str:
     parts = list(location)
     if len(parts) > 1 and parts[0] in _UNIONS:
         del parts[1]
+    if len(parts) > 3 and parts[:2] == ["tuning", "space"]:
+        del parts[3]
     return ".".join(str(part) for part in parts)
 
 
@@ -145,6 +160,8 @@ def _model_at(location: tuple[int | str, ...]) -> type[Section] | None:
     if len(parts) > 1 and parts[0] in _UNIONS:
         model = _kinds(str(parts[0])).get(str(parts[1]), Recipe)
         parts = parts[2:]
+    if len(parts) > 3 and parts[:2] == ["tuning", "space"]:
+        return Choices if parts[3] == "choices" else Range
     for part in parts:
         field = model.model_fields.get(str(part))
         candidates = [] if field is None else _models(field.annotation)

@@ -1,5 +1,6 @@
 """Recipes from names, files and overrides, and back to plain values."""
 
+import json
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -14,10 +15,12 @@ from dkl.config.errors import (
     merge_problems,
     problems_of,
     sections_with_errors,
+    show,
     suggestion,
 )
 from dkl.config.overrides import apply_overrides
 from dkl.config.recipe import Recipe, section_problems
+from dkl.config.tuning import Choices
 from dkl.config.yaml_text import parse_yaml
 
 _SUFFIXES = (".yaml", ".yml")
@@ -71,12 +74,46 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     values, problems = parse_yaml(text)
     if not isinstance(values, dict):
         if not problems:
-            problems = [("", f"must hold keys and values, not {type(values).__name__}")]
+            problems = [("", f"must hold keys and values, {_what(values)}")]
         raise RecipeError(what, problems)
+    return _checked(what, values, overrides, problems)
+
+
+def override(recipe: Recipe, overrides: Iterable[str], within: str | None = None) -> Recipe:
+    """Return a recipe with settings changed.
+
+    Args:
+        recipe: a checked recipe.
+        overrides: ``key.sub=value`` each, the value in YAML.
+        within: the only section that may change; None allows all.
+
+    Raises:
+        RecipeError: with everything that is wrong, at once.
+
+    Example:
+        >>> recipe = load_recipe("digits_natural")
+        >>> override(recipe, ["evaluation.num_images=50"], "evaluation").evaluation.num_images
+        50
+    """
+    given = list(overrides)
+    problems: list[Problem] = []
+    if within is not None:
+        outside = [text for text in given if not text.strip().startswith(f"{within}.")]
+        given = [text for text in given if text not in outside]
+        problems = [
+            (text.partition("=")[0], f"only {within}.KEY=VALUE can be changed here")
+            for text in outside
+        ]
+    return _checked(recipe.name, resolved(recipe), given, problems)
+
+
+def _checked(
+    what: str, values: dict[str, Any], overrides: Iterable[str], problems: list[Problem]
+) -> Recipe:
     values, wrong_overrides = apply_overrides(values, overrides)
     recipe, wrong_values = check_values(values)
     if recipe is not None:
-        wrong_values += _teacher_problems(recipe)
+        wrong_values += [*_teacher_problems(recipe), *_tuning_problems(recipe)]
     found = merge_problems(problems, wrong_overrides, wrong_values)
     if recipe is None or found:
         raise RecipeError(what, found)
@@ -119,6 +156,10 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(resolved(recipe), sort_keys=False, width=100)
 
 
+def _what(values: object) -> str:
+    return "but is empty" if values is None else f"not {show(values)}"
+
+
 def _read(name_or_path: str | Path) -> str:
     path = Path(name_or_path)
     is_path = isinstance(name_or_path, Path) or path.suffix in _SUFFIXES or len(path.parts) > 1
@@ -142,7 +183,10 @@ def _teacher_problems(recipe: Recipe) -> list[Problem]:
     try:
         teaching = load_recipe(teacher.recipe)
     except RecipeError as error:
-        return [("method.teacher.recipe", f"{error}")]
+        return [
+            ("method.teacher.recipe", ": ".join(filter(None, (error.what, key, message))))
+            for key, message in error.problems
+        ]
     if teaching.data.name != recipe.data.name:
         return [
             (
@@ -151,3 +195,22 @@ def _teacher_problems(recipe: Recipe) -> list[Problem]:
             )
         ]
     return []
+
+
+def _tuning_problems(recipe: Recipe) -> list[Problem]:
+    """Check that each value at the ends of the search gives a valid recipe."""
+    if recipe.tuning is None:
+        return []
+    values = {**resolved(recipe), "tuning": None}
+    problems = []
+    for key, space in recipe.tuning.space.items():
+        candidates = space.choices if isinstance(space, Choices) else space.ends
+        for candidate in candidates:
+            text = json.dumps(candidate)
+            changed, wrong = apply_overrides(values, [f"{key}={text}"])
+            found = [*wrong, *check_values(changed)[1]]
+            problems += [
+                (f"tuning.space.{key}", f"{text} is no value for it: {name}: {message}")
+                for name, message in found[:1]
+            ]
+    return problems

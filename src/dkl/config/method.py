@@ -44,7 +44,7 @@ class AttackSettings(Section):
             batch ("batch-stats"), or those with the running ones updated as well ("train").
         epsilon_ramp_epochs: eps grows linearly over this many first epochs, or over "all".
         budget: published step schedules, relative to the eps of the epoch: "low" 2 steps of eps,
-            "high" 5 steps of eps/2, "high-as-meant" 2, 3, 4, 5 steps in the quarters of training.
+            "high" 5 steps of eps/2, "high_intended" 2, 3, 4, 5 steps in the quarters of training.
     """
 
     norm: Norm = "Linf"
@@ -54,7 +54,7 @@ class AttackSettings(Section):
     random_start: Literal["none", "uniform", "gaussian"] = "gaussian"
     batch_norm: Literal["eval", "train", "batch-stats"] = "eval"
     epsilon_ramp_epochs: Ramp = None
-    budget: Literal["low", "high", "high-as-meant"] | None = None
+    budget: Literal["low", "high", "high_intended"] | None = None
 
     def problems(self) -> Iterator[Problem]:  # noqa: D102
         yield from epsilon_problems("eps", self.norm, self.eps)

@@ -18,6 +18,7 @@ from dkl.config.training import (
     TrainingSettings,
     WeightPerturbationSettings,
 )
+from dkl.config.tuning import TuningSettings
 
 
 class Recipe(Section):
@@ -37,6 +38,7 @@ class Recipe(Section):
         averaging: moving average of the weights, or null.
         evaluation: what is measured.
         trackers: where records go besides the run's own files.
+        tuning: what ``dkl tune`` searches, or null.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -54,6 +56,7 @@ class Recipe(Section):
     trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = (
         "tensorboard",
     )
+    tuning: TuningSettings | None = None
 
     def problems(self) -> Iterator[Problem]:  # noqa: D102
         sections = {name: getattr(self, name) for name in type(self).model_fields}
@@ -119,6 +122,16 @@ def _perturbation_epochs(
         )
 
 
+def _averaging_epochs(
+    training: TrainingSettings, averaging: AveragingSettings | None
+) -> Iterator[Problem]:
+    if averaging is not None and averaging.start_epoch >= training.epochs:
+        yield (
+            "averaging.start_epoch",
+            f"must be below training.epochs ({training.epochs}), or nothing is ever averaged",
+        )
+
+
 def _method_epochs(training: TrainingSettings, method: MethodSettings) -> Iterator[Problem]:
     attack = getattr(method, "attack", None)
     ramp = None if attack is None else attack.epsilon_ramp_epochs
@@ -144,6 +157,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Problem]]], ...] = 
     (("data", "evaluation"), _validation_attack),
     (("training", "schedule"), _epochs),
     (("training", "weight_perturbation"), _perturbation_epochs),
+    (("training", "averaging"), _averaging_epochs),
     (("training", "method"), _method_epochs),
     (("data", "evaluation"), _num_images),
 )

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from dkl.config.base import (
     Count,
@@ -17,6 +17,14 @@ from dkl.config.base import (
 
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 OpenFraction = Annotated[Number, Field(gt=0, lt=1)]
+
+
+def _no_is_a_word(value: object) -> object:
+    """Undo YAML's reading of an unquoted ``no`` as false."""
+    return "no" if value is False else value
+
+
+MixedPrecision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_no_is_a_word)]
 
 
 class TrainingSettings(Section):
@@ -44,7 +52,7 @@ class TrainingSettings(Section):
     batch_size: Count = 128
     accumulation: Count = 1
     drop_last: bool = False
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: MixedPrecision = "no"
     channels_last: bool = False
     compile: bool = False
     clip_norm: PositiveNumber | None = None
@@ -113,7 +121,10 @@ class _Schedule(Section):
 
 
 class Cosine(_Schedule):
-    """Half a cosine, from the full learning rate down to zero."""
+    """Half a cosine, from the full learning rate down to zero.
+
+    With ``per_epoch`` as published: (1 + cos(pi e / (E + 1))) / 2 in epoch e = 1..E.
+    """
 
     kind: Literal["cosine"]
 
@@ -178,11 +189,14 @@ class AveragingSettings(Section):
     Args:
         decay: share of the old average kept by an update.
         per: update after each optimiser step or after each epoch.
-        warmup_steps: updates before which the average simply follows the weights.
+        start_epoch: epochs (or parts of one) during which the average simply follows the weights.
+        ramp: use min(decay, (1 + d) / (10 + d)) at the d-th update, so that early weights are
+            forgotten quickly.
         buffers: batch-norm buffers are averaged too, or copied from the model.
     """
 
     decay: Fraction = 0.999
     per: Literal["step", "epoch"] = "step"
-    warmup_steps: CountOrZero = 0
+    start_epoch: NonNegativeNumber = 0.0
+    ramp: bool = False
     buffers: Literal["average", "copy"] = "average"

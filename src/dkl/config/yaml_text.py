@@ -27,7 +27,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> tuple[Any, list[Problem]]:
-    """Parse one YAML document.
+    r"""Parse one YAML document.
 
     Args:
         text: YAML.
@@ -36,7 +36,7 @@ def parse_yaml(text: str) -> tuple[Any, list[Problem]]:
         The value (None where the text is no YAML) and what is wrong with the text.
 
     Example:
-        >>> parse_yaml("a: 1\\na: 2")
+        >>> parse_yaml("a: 1\na: 2")
         ({'a': 2}, [('a', 'given twice, in lines 1 and 2')])
     """
     try:

@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -109,7 +110,7 @@ def _download(files: DatasetFiles[Found], target: Path) -> Found:
                 if not destination.is_dir():
                     raise
                 # Another process was faster: its copy is read.
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, HTTPException) as error:
         raise DatasetNotFoundError(
             f"{files.title} could not be downloaded into {target}: {error}. {files.advice}"
         ) from error

@@ -50,7 +50,7 @@ def predict_logits(
     place = model_device(model, images.device) if device is None else torch.device(device)
     logits_NC = []
     with isolated(model, place), torch.no_grad():
-        for images_BCHW in images.split(batch_size):
+        for images_BCHW in torch.split(images, batch_size):
             batch_BCHW = float_images(images_BCHW.to(place))
             logits_BC = checked_logits(model(batch_BCHW), len(batch_BCHW))
             logits_NC.append(logits_BC.to(images.device))
@@ -82,8 +82,8 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: in
     """
     data = check_data(model, images, labels)
     logits_NC = predict_logits(model, images, batch_size=batch_size)
-    check_clean_logits(logits_NC, data.labels_N)
-    return float((logits_NC.argmax(dim=1) == data.labels_N).double().mean())
+    check_clean_logits(logits_NC, data.labels)
+    return float((logits_NC.argmax(dim=1) == data.labels).double().mean())
 
 
 def check_clean_logits(logits_NC: Tensor, labels_N: Tensor) -> None:

@@ -6,12 +6,13 @@ Shapes: N samples, B samples of a batch, C classes or channels.
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from dkl.attacks import Norm, ThreatModel
 from dkl.evaluation.accuracy import check_clean_logits
 from dkl.evaluation.auto_attack_phases import (
     MIN_SIDE_SQUARE_L2,
@@ -24,123 +25,27 @@ from dkl.evaluation.auto_attack_phases import (
     load_package,
     plan_phases,
 )
-from dkl.evaluation.auto_attack_state import EvaluationState, hash_model, hash_tensors
+from dkl.evaluation.auto_attack_result import AttackProgress, AttackRecord, AutoAttackResult
+from dkl.evaluation.auto_attack_state import (
+    EvaluationState,
+    StateMismatchError,
+    hash_model,
+    hash_tensors,
+)
 from dkl.evaluation.inputs import (
-    Norm,
-    TestData,
+    EvaluationData,
+    arithmetic,
     check_batching,
     check_data,
     check_threat,
     checked_logits,
+    index_batches,
     isolated,
 )
 from dkl.evaluation.sanity import check_differentiable, clean_output_notes, phase_notes
 from dkl.evaluation.verdict import LogitsModel, judge
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class AttackProgress:
-    """Where an evaluation stands; given to the progress callback after every batch.
-
-    Args:
-        attack: name of the running attack.
-        attack_index: its 0-based position among ``num_attacks``.
-        num_attacks: attacks of the whole evaluation.
-        num_done: samples that this attack has finished.
-        num_attacked: samples that this attack takes on.
-        num_robust: samples that are still robust, of ``num_samples``.
-        num_samples: samples of the whole evaluation.
-        seconds: spent on this attack so far, batches of earlier runs included.
-    """
-
-    attack: str
-    attack_index: int
-    num_attacks: int
-    num_done: int
-    num_attacked: int
-    num_robust: int
-    num_samples: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class AttackRecord:
-    """What one attack of the ensemble did.
-
-    Args:
-        name: "apgd-ce", "apgd-t", "fab-t", "fab" or "square".
-        num_attacked: samples that were still robust when it began.
-        broken: [N] bool; samples that this attack broke.
-        robust_accuracy: after this attack, from 0 to 1.
-        seconds: wall time, batches of earlier runs included.
-        n_restarts: random restarts.
-        n_targets: target classes per sample; None: untargeted.
-    """
-
-    name: str
-    num_attacked: int
-    broken: Tensor
-    robust_accuracy: float
-    seconds: float
-    n_restarts: int
-    n_targets: int | None
-
-
-@dataclass(frozen=True)
-class AutoAttackResult:
-    """What an evaluation found; tensors are on the device of the images.
-
-    Args:
-        robust: [N] bool; classified correctly and not broken by any attack.
-        clean_correct: [N] bool; classified correctly without an attack.
-        predictions: [N] int64; the class predicted for the adversarial image where one was found,
-            for the clean image elsewhere.
-        attacks: one record per attack, in order.
-        standard: True when exactly the published standard ensemble ran: version "standard" and no
-            attack dropped or changed because of the number of classes.
-        version: "standard" or "fast".
-        norm: "Linf" or "L2".
-        eps: radius.
-        seed: of the attacks.
-        batch_size: samples per batch; it decides which noise a sample gets.
-        num_classes: C.
-        package_version: of pyautoattack.
-        notes: what a reader of the number should know; empty when nothing was unusual.
-        adversarial: [N, C, H, W] float32, clean images where no attack succeeded; None unless
-            asked for.
-    """
-
-    robust: Tensor
-    clean_correct: Tensor
-    predictions: Tensor
-    attacks: tuple[AttackRecord, ...]
-    standard: bool
-    version: Version
-    norm: Norm
-    eps: float
-    seed: int
-    batch_size: int
-    num_classes: int
-    package_version: str
-    notes: tuple[str, ...]
-    adversarial: Tensor | None = None
-
-    @property
-    def clean_accuracy(self) -> float:
-        """Share of samples classified correctly without an attack, from 0 to 1."""
-        return float(self.clean_correct.double().mean())
-
-    @property
-    def robust_accuracy(self) -> float:
-        """Share of samples that survived every attack, from 0 to 1."""
-        return float(self.robust.double().mean())
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of all attacks."""
-        return sum(record.seconds for record in self.attacks)
 
 
 def auto_attack(
@@ -198,7 +103,7 @@ def auto_attack(
     """
     data = check_data(model, images, labels)
     check_batching(batch_size, seed)
-    radius = check_threat(norm, eps)
+    threat = check_threat(norm, eps)
     if norm == "L2" and version == "standard" and min(images.shape[2:]) < MIN_SIDE_SQUARE_L2:
         raise ValueError(
             f"Square under L2 needs images of at least {MIN_SIDE_SQUARE_L2} x "
@@ -206,7 +111,7 @@ def auto_attack(
         )
     with isolated(model, data.device), torch.no_grad():
         evaluation = _Evaluation(
-            model, data, radius, norm, version, batch_size, seed, state_dir, return_adversarial
+            model, data, threat, version, batch_size, seed, state_dir, return_adversarial
         )
         records = tuple(
             evaluation.run_phase(index, progress) for index in range(evaluation.num_phases)
@@ -220,16 +125,15 @@ class _Evaluation:
     def __init__(
         self,
         model: nn.Module,
-        data: TestData,
-        eps: float,
-        norm: Norm,
+        data: EvaluationData,
+        threat: ThreatModel,
         version: Version,
         batch_size: int,
         seed: int,
         state_dir: str | Path | None,
         keep_adversarial: bool,
     ) -> None:
-        self.data, self.eps, self.norm = data, eps, norm
+        self.data, self.threat = data, threat
         self.version, self.batch_size, self.seed = version, batch_size, seed
         self.keep_adversarial = keep_adversarial
         self.package, version_notes = load_package()
@@ -273,16 +177,15 @@ class _Evaluation:
             self.package,
             phase,
             self.predict,
-            eps=self.eps,
-            norm=self.norm,
+            threat=self.threat,
             device=self.data.device,
             seed=self.seed,
             warnings=warnings,
         )
-        for number, indices_B in enumerate(attacked.split(self.batch_size)):
+        for number, indices_B in enumerate(index_batches(attacked, self.batch_size)):
             outcome = self._once(
                 f"{index}-{phase.name}-{number:05d}",
-                lambda batch=indices_B: self._attack_batch(attack, batch, warnings),
+                partial(self._attack_batch, attack, indices_B, warnings),
             )
             self._apply(indices_B, outcome, broken)
             for name in totals:
@@ -314,19 +217,18 @@ class _Evaluation:
             attacks=records,
             standard=self.version == "standard" and not self.plan.changed,
             version=self.version,
-            norm=self.norm,
-            eps=self.eps,
+            norm=self.threat.norm,
+            eps=self.threat.eps,
             seed=self.seed,
             batch_size=self.batch_size,
             num_classes=self.predict.num_classes,
             package_version=str(getattr(self.package, "__version__", "unknown")),
+            arithmetic=arithmetic(self.data.device),
             notes=tuple(self.notes),
             adversarial=self.adversarial,
         )
 
-    def _once(
-        self, name: str, compute: Callable[[], Mapping[str, Tensor]]
-    ) -> Mapping[str, Tensor]:
+    def _once(self, name: str, compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         """Return a step's outcome from the state folder, or compute and save it."""
         if self.state is None:
             return compute()
@@ -341,10 +243,10 @@ class _Evaluation:
         logits_NC = torch.cat(
             [
                 self.predict(self.data.batch(indices_B)[0]).cpu()
-                for indices_B in torch.arange(len(self.data)).split(self.batch_size)
+                for indices_B in index_batches(torch.arange(len(self.data)), self.batch_size)
             ]
         )
-        labels_N = self.data.labels_N.cpu()
+        labels_N = self.data.labels.cpu()
         check_clean_logits(logits_NC, labels_N)
         predictions_N = logits_NC.max(dim=1).indices
         return {"correct": predictions_N == labels_N, "predictions": predictions_N}
@@ -357,26 +259,27 @@ class _Evaluation:
         warnings.num_warnings = 0
         start = time.perf_counter()
         adversarial_BCHW = attack(images_BCHW, labels_B)
-        verdict = judge(
-            self.predict, adversarial_BCHW, images_BCHW, labels_B, eps=self.eps, norm=self.norm
-        )
+        verdict = judge(self.predict, adversarial_BCHW, images_BCHW, labels_B, self.threat)
         outcome = {
             "indices": indices_B,
-            "broken": verdict.broken_B.cpu(),
-            "predictions": verdict.predictions_B.cpu(),
+            "broken": verdict.broken.cpu(),
+            "predictions": verdict.predictions.cpu(),
             "seconds": torch.tensor(time.perf_counter() - start, dtype=torch.float64),
             "num_rejected": torch.tensor(verdict.num_rejected),
             "num_non_finite": torch.tensor(verdict.num_non_finite),
             "num_warnings": torch.tensor(warnings.num_warnings),
         }
         if self.keep_adversarial:
-            outcome["adversarial"] = adversarial_BCHW[verdict.broken_B].cpu()
+            outcome["adversarial"] = adversarial_BCHW[verdict.broken].cpu()
         return outcome
 
     def _apply(self, indices_B: Tensor, outcome: Mapping[str, Tensor], broken: Tensor) -> None:
         """Enter a batch's outcome into the flags."""
         if not torch.equal(outcome["indices"], indices_B):
-            raise RuntimeError("a saved batch does not match the flags before it")
+            raise StateMismatchError(
+                "a saved batch does not fit the batches before it: files of state_dir are missing "
+                "or were changed. Delete the folder to start afresh."
+            )
         lost = indices_B[outcome["broken"]]
         self.robust[lost] = False
         broken[lost] = True
@@ -403,8 +306,8 @@ class _Evaluation:
     def _key(self, model: nn.Module) -> dict[str, object]:
         """Return the facts that decide the result, for the state folder."""
         return {
-            "eps": self.eps,
-            "norm": self.norm,
+            "eps": self.threat.eps,
+            "norm": self.threat.norm,
             "version": self.version,
             "attacks": self.plan.as_key(),
             "batch_size": self.batch_size,
@@ -412,9 +315,9 @@ class _Evaluation:
             "return_adversarial": self.keep_adversarial,
             "package_version": str(getattr(self.package, "__version__", "unknown")),
             "weights": hash_model(model),
-            "data": hash_tensors(self.data.images_NCHW, self.data.labels_N),
+            "data": hash_tensors(self.data.images, self.data.labels),
         }
 
     def _home(self, tensor: Tensor) -> Tensor:
         """Move a result to the device of the images."""
-        return tensor.to(self.data.images_NCHW.device)
+        return tensor.to(self.data.images.device)

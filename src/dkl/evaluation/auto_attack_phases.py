@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from dkl.evaluation.inputs import Norm
+from dkl.attacks import ThreatModel
 from dkl.evaluation.verdict import Predict
 
 Version = Literal["standard", "fast"]
@@ -151,8 +151,7 @@ def build_attack(
     phase: PhaseSettings,
     predict: Predict,
     *,
-    eps: float,
-    norm: Norm,
+    threat: ThreatModel,
     device: torch.device,
     seed: int,
     warnings: WarningCounter,
@@ -163,8 +162,7 @@ def build_attack(
         package: pyautoattack.
         phase: which attack, with its settings.
         predict: returns float32 logits [B, C].
-        eps: radius.
-        norm: "Linf" or "L2".
+        threat: norm and radius.
         device: where the batches are.
         seed: set before every batch, as the package's own loop does.
         warnings: counts what the attack warns about.
@@ -172,7 +170,9 @@ def build_attack(
     Returns:
         (images, labels) -> finished images; generators are reseeded by every call.
     """
-    ensemble = package.AutoAttack(predict, norm=norm, eps=eps, seed=seed, device=device)
+    ensemble = package.AutoAttack(
+        predict, norm=threat.norm, eps=threat.eps, seed=seed, device=device
+    )
     attack: Any
     if phase.name == "apgd-ce":
         attack = ensemble.apgd

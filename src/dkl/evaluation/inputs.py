@@ -7,46 +7,41 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from dkl.attacks.pgd import attack_mode
-from dkl.attacks.threat_model import parse_number
-
-Norm = Literal["Linf", "L2"]
+from dkl.attacks import Norm, ThreatModel, attack_mode
 
 
 @dataclass(frozen=True)
-class TestData:
+class EvaluationData:
     """Checked images and labels, cut into float batches on the model's device.
 
     Args:
-        images_NCHW: [N, C, H, W], float32 in [0, 1] or uint8.
-        labels_N: [N] int64 on the device of the images.
+        images: [N, C, H, W], float32 in [0, 1] or uint8.
+        labels: [N] int64 on the device of the images.
         device: where the model is.
     """
 
-    __test__ = False  # pytest must not collect it
-
-    images_NCHW: Tensor
-    labels_N: Tensor
+    images: Tensor
+    labels: Tensor
     device: torch.device
 
     def __len__(self) -> int:
-        return len(self.labels_N)
+        return len(self.labels)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return images (float32, contiguous, in [0, 1]) and labels on the model's device."""
-        indices = indices.to(self.images_NCHW.device)
-        images_BCHW = self.images_NCHW[indices].to(self.device)
-        labels_B = self.labels_N[indices].to(self.device)
+        indices = indices.to(self.images.device)
+        images_BCHW = self.images[indices].to(self.device)
+        labels_B = self.labels[indices].to(self.device)
         return float_images(images_BCHW), labels_B
 
     def float_copy(self) -> Tensor:
         """Return all images as float32 in [0, 1] on their own device."""
-        return float_images(self.images_NCHW)
+        return float_images(self.images)
 
 
 def float_images(images_NCHW: Tensor) -> Tensor:
@@ -56,7 +51,7 @@ def float_images(images_NCHW: Tensor) -> Tensor:
     return images_NCHW.detach().clone(memory_format=torch.contiguous_format)
 
 
-def check_data(model: nn.Module, images: Tensor, labels: Tensor) -> TestData:
+def check_data(model: nn.Module, images: Tensor, labels: Tensor) -> EvaluationData:
     """Check images and labels and find the model's device.
 
     Raises:
@@ -79,7 +74,7 @@ def check_data(model: nn.Module, images: Tensor, labels: Tensor) -> TestData:
             f"labels must be in [0, num_classes), got {int(labels_N.min())}. "
             "Leave out the samples that have no label."
         )
-    return TestData(images.detach(), labels_N, model_device(model, images.device))
+    return EvaluationData(images.detach(), labels_N, model_device(model, images.device))
 
 
 def check_model(model: nn.Module) -> None:
@@ -127,24 +122,21 @@ def check_images(images: Tensor) -> None:
         )
 
 
-def check_threat(norm: str, eps: float | str) -> float:
-    """Return the radius as a number.
+def check_threat(norm: str, eps: float | str) -> ThreatModel:
+    """Return the threat model.
 
     Raises:
         ValueError: for a norm other than Linf and L2, and for a radius that makes no sense.
     """
-    if norm not in get_args(Norm):
-        hint = " L1 is not supported." if norm == "L1" else ""
-        raise ValueError(f'norm must be "Linf" or "L2", got {norm!r}.{hint}')
-    radius = parse_number(eps)
-    if not 0.0 < radius < float("inf"):
-        raise ValueError(f"eps must be a positive number, got {eps!r}.")
-    if norm == "Linf" and radius >= 1.0:
+    threat = ThreatModel(cast(Norm, norm), eps)
+    if threat.eps == 0.0:
+        raise ValueError("eps must be positive, got 0: the clean accuracy is what you want.")
+    if norm == "Linf" and threat.eps >= 1.0:
         raise ValueError(
-            f"eps {radius:g} covers every image: pixels are in [0, 1]. "
-            f"Did you mean {radius:g}/255?"
+            "eps must be below 1, got 1: pixels are in [0, 1], so it allows every image. "
+            "Did you mean 1/255?"
         )
-    return radius
+    return threat
 
 
 def check_batching(batch_size: int, seed: int) -> None:
@@ -179,6 +171,30 @@ def model_device(model: nn.Module, default: torch.device) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return default
+
+
+def index_batches(indices: Tensor, batch_size: int) -> list[Tensor]:
+    """Cut indices into batches; no indices give no batch.
+
+    Example:
+        >>> index_batches(torch.arange(3), 2)
+        [tensor([0, 1]), tensor([2])]
+        >>> index_batches(torch.arange(0), 2)
+        []
+    """
+    return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+
+
+def arithmetic(device: torch.device) -> str:
+    """Say how precisely float32 numbers are multiplied on a device."""
+    if device.type != "cuda":
+        return "float32"
+    parts = []
+    if torch.backends.cudnn.allow_tf32:
+        parts.append("TF32 convolutions")
+    if torch.get_float32_matmul_precision() != "highest":
+        parts.append(f"matrix products of {torch.get_float32_matmul_precision()} precision")
+    return " with ".join(["float32", *([" and ".join(parts)] if parts else [])])
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ Shapes: N samples, B samples of a batch, C classes or channels, E radii.
 """
 
 import hashlib
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -12,25 +11,30 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from dkl.attacks.pgd import cross_entropy_objective, margin_objective, pgd_attack
-from dkl.attacks.threat_model import ThreatModel, parse_number
+from dkl.attacks import (
+    Norm,
+    PGDSettings,
+    RandomStart,
+    ThreatModel,
+    cross_entropy_objective,
+    margin_objective,
+    parse_number,
+)
 from dkl.evaluation.accuracy import check_clean_logits, predict_logits
 from dkl.evaluation.auto_attack import auto_attack
 from dkl.evaluation.inputs import (
-    Norm,
-    TestData,
     check_batching,
     check_data,
     check_threat,
+    index_batches,
     isolated,
 )
 from dkl.evaluation.verdict import LogitsModel, judge
 
-Objective = Literal["ce", "margin"]
-RandomStart = Literal["none", "uniform", "gaussian"]
+ObjectiveName = Literal["ce", "margin"]
 SweepAttack = Literal["pgd", "cw", "auto_attack_fast", "auto_attack"]
 
-logger = logging.getLogger(__name__)
+OBJECTIVES = {"ce": cross_entropy_objective, "margin": margin_objective}
 
 
 class SampleDraw:
@@ -43,9 +47,7 @@ class SampleDraw:
         device: where the noise is wanted; it is made on the CPU, the same for every device.
     """
 
-    def __init__(
-        self, seed: int, sample_ids_B: Tensor, restart: int, device: torch.device
-    ) -> None:
+    def __init__(self, seed: int, sample_ids_B: Tensor, restart: int, device: torch.device) -> None:
         self.seed = seed
         self.sample_ids = sample_ids_B.tolist()
         self.restart = restart
@@ -66,21 +68,6 @@ class SampleDraw:
         return torch.stack(rows).to(self.device)
 
 
-@dataclass(frozen=True)
-class _PGDPlan:
-    """One checked PGD evaluation."""
-
-    threat: ThreatModel
-    eps: float
-    norm: Norm
-    num_steps: int
-    step_size: float
-    objective: Callable[[Tensor], Callable[[Tensor], Tensor]]
-    random_start: RandomStart
-    num_restarts: int
-    seed: int
-
-
 def pgd_robust(
     model: nn.Module,
     images: Tensor,
@@ -90,7 +77,7 @@ def pgd_robust(
     norm: Norm = "Linf",
     num_steps: int = 20,
     step_size: float | str | None = None,
-    objective: Objective = "ce",
+    objective: ObjectiveName = "ce",
     random_start: RandomStart = "uniform",
     num_restarts: int = 1,
     batch_size: int = 256,
@@ -135,61 +122,44 @@ def pgd_robust(
     """
     data = check_data(model, images, labels)
     check_batching(batch_size, seed)
-    plan = _pgd_plan(
-        eps, norm, num_steps, step_size, objective, random_start, num_restarts, seed
-    )
+    settings = _pgd_settings(check_threat(norm, eps), num_steps, step_size, random_start)
+    if objective not in get_args(ObjectiveName):
+        raise ValueError(f'objective must be "ce" (PGD) or "margin" (CW), got {objective!r}.')
+    if num_restarts < 1 or (num_restarts > 1 and random_start == "none"):
+        raise ValueError(
+            f"num_restarts must be at least 1, and above 1 needs a random start: got "
+            f"{num_restarts} with random_start={random_start!r}."
+        )
     ids_N = _checked_ids(sample_ids, len(data))
     logits_NC = predict_logits(model, images, batch_size=batch_size)
-    check_clean_logits(logits_NC, data.labels_N)
-    robust_N = logits_NC.max(dim=1).indices == data.labels_N
+    check_clean_logits(logits_NC, data.labels)
+    robust_N = logits_NC.max(dim=1).indices == data.labels
     with isolated(model, data.device):
-        for indices_B in robust_N.nonzero().squeeze(1).split(batch_size):
+        predict = LogitsModel(model, logits_NC.shape[1])
+        for indices_B in index_batches(robust_N.nonzero().squeeze(1), batch_size):
+            batch_ids = ids_N[indices_B.cpu()]
+            draws = [
+                SampleDraw(seed, batch_ids, restart, data.device) for restart in range(num_restarts)
+            ]
             robust_N[indices_B] = _survivors(
-                model, data, indices_B, ids_N[indices_B.cpu()], plan, logits_NC.shape[1]
+                predict, data.batch(indices_B), settings, OBJECTIVES[objective], draws
             ).to(robust_N.device)
     return robust_N
 
 
-def _pgd_plan(
-    eps: float | str,
-    norm: Norm,
+def _pgd_settings(
+    threat: ThreatModel,
     num_steps: int,
     step_size: float | str | None,
-    objective: Objective,
     random_start: RandomStart,
-    num_restarts: int,
-    seed: int,
-) -> _PGDPlan:
-    """Check the settings of a PGD evaluation."""
-    radius = check_threat(norm, eps)
-    if num_steps < 1 or num_restarts < 1:
-        raise ValueError(
-            f"num_steps and num_restarts must be at least 1, got {num_steps} and {num_restarts}."
-        )
-    if objective not in get_args(Objective):
-        raise ValueError(f'objective must be "ce" (PGD) or "margin" (CW), got {objective!r}.')
-    if random_start not in get_args(RandomStart):
-        raise ValueError(
-            f"random_start must be one of {get_args(RandomStart)}, got {random_start!r}."
-        )
-    if num_restarts > 1 and random_start == "none":
-        raise ValueError(
-            'restarts without a random start repeat one attack: use random_start="uniform".'
-        )
-    step = radius / 4 if step_size is None else parse_number(step_size)
-    if not 0.0 < step < float("inf"):
-        raise ValueError(f"step_size must be a positive number, got {step_size!r}.")
-    return _PGDPlan(
-        threat=ThreatModel(norm, radius),
-        eps=radius,
-        norm=norm,
-        num_steps=num_steps,
-        step_size=step,
-        objective=cross_entropy_objective if objective == "ce" else margin_objective,
-        random_start=random_start,
-        num_restarts=num_restarts,
-        seed=seed,
+) -> PGDSettings:
+    """Return the checked settings of the attack; the default step is a quarter of the radius."""
+    settings = PGDSettings(
+        threat, num_steps, threat.eps / 4 if step_size is None else step_size, random_start
     )
+    if settings.step_size == 0.0:
+        raise ValueError("step_size must be positive, got 0: the attack would stand still.")
+    return settings
 
 
 def _checked_ids(sample_ids: Tensor | None, num_samples: int) -> Tensor:
@@ -205,42 +175,32 @@ def _checked_ids(sample_ids: Tensor | None, num_samples: int) -> Tensor:
 
 
 def _survivors(
-    model: nn.Module,
-    data: TestData,
-    indices_B: Tensor,
-    ids_B: Tensor,
-    plan: _PGDPlan,
-    num_classes: int,
+    predict: LogitsModel,
+    batch: tuple[Tensor, Tensor],
+    settings: PGDSettings,
+    make_objective: Callable[[Tensor], Callable[[Tensor], Tensor]],
+    draws: Sequence[SampleDraw],
 ) -> Tensor:
-    """Attack one batch of correctly classified samples and return which survive: [B] bool."""
-    images_BCHW, labels_B = data.batch(indices_B)
-    predict = LogitsModel(model, num_classes)
-    objective = plan.objective(labels_B)
+    """Attack correctly classified samples, once per draw; return which survive: [B] bool."""
+    images_BCHW, labels_B = batch
+    objective = make_objective(labels_B)
     survived_B = torch.ones_like(labels_B, dtype=torch.bool)
-    for restart in range(plan.num_restarts):
-        adversarial_BCHW = pgd_attack(
-            model,
-            images_BCHW,
-            lambda logits_BC: objective(logits_BC.float()),
-            threat=plan.threat,
-            num_steps=plan.num_steps,
-            step_size=plan.step_size,
-            random_start=plan.random_start,
-            draw=SampleDraw(plan.seed, ids_B, restart, data.device),
+    for draw in draws:
+        adversarial_BCHW = settings.attack(
+            predict.model, images_BCHW, lambda logits_BC: objective(logits_BC.float()), draw
         )
-        verdict = judge(
-            predict, adversarial_BCHW, images_BCHW, labels_B, eps=plan.eps, norm=plan.norm
-        )
+        verdict = judge(predict, adversarial_BCHW, images_BCHW, labels_B, settings.threat)
         if verdict.num_rejected:
-            logger.warning(
-                "%d adversarial images lie outside of the ball or of [0, 1]; they do not count",
-                verdict.num_rejected,
+            # Counting these as robust would flatter the model, as broken would wrong it.
+            raise ValueError(
+                f"the attack on {verdict.num_rejected} samples gave images outside of the ball or "
+                "with NaN pixels. The model's gradients are not finite there: check the weights."
             )
-        survived_B &= ~verdict.broken_B
+        survived_B &= ~verdict.broken
     return survived_B
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EpsilonSweep:
     """Robustness at several radii.
 
@@ -311,13 +271,13 @@ def epsilon_sweep(
         if radius != 0.0:
             check_threat(norm, radius)
     logits_NC = predict_logits(model, images, batch_size=batch_size)
-    check_clean_logits(logits_NC, data.labels_N)
-    robust_N = logits_NC.max(dim=1).indices == data.labels_N
+    check_clean_logits(logits_NC, data.labels)
+    robust_N = logits_NC.max(dim=1).indices == data.labels
     flags = {0.0: robust_N.clone()}
     for radius in sorted(set(radii) - {0.0}):
         left = robust_N.nonzero().squeeze(1)
         if len(left):
-            robust_N[left] = run(images[left], data.labels_N[left], left, radius)
+            robust_N[left] = run(images[left], data.labels[left], left, radius)
         flags[radius] = robust_N.clone()
     return EpsilonSweep(tuple(radii), torch.stack([flags[radius] for radius in radii]))
 
@@ -348,13 +308,15 @@ def _sweep_attack(
         )
     if num_steps is not None:
         raise ValueError(f"num_steps belongs to pgd and cw; {attack} chooses its own steps.")
-    return lambda images, labels, _positions, eps: auto_attack(
-        model,
-        images,
-        labels,
-        eps=eps,
-        norm=norm,
-        version="standard" if attack == "auto_attack" else "fast",
-        batch_size=batch_size,
-        seed=seed,
-    ).robust
+    return lambda images, labels, _positions, eps: (
+        auto_attack(
+            model,
+            images,
+            labels,
+            eps=eps,
+            norm=norm,
+            version="standard" if attack == "auto_attack" else "fast",
+            batch_size=batch_size,
+            seed=seed,
+        ).robust
+    )

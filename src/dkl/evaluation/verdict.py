@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dkl.evaluation.inputs import Norm, checked_logits
+from dkl.attacks import Norm, ThreatModel
+from dkl.evaluation.inputs import checked_logits
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -34,6 +35,7 @@ class LogitsModel:
         self.num_classes = num_classes
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """Return float32 logits [B, C] that share memory with nothing."""
         if len(images_BCHW) == 0:
             return images_BCHW.new_zeros((0, self.num_classes))
         return checked_logits(self.model(images_BCHW), len(images_BCHW)).clone()
@@ -44,14 +46,14 @@ class Verdict:
     """What finished adversarial images do.
 
     Args:
-        broken_B: [B] bool; the image is allowed and is not classified as its label.
-        predictions_B: [B] int64 predicted classes.
+        broken: [B] bool; the image is allowed and is not classified as its label.
+        predictions: [B] int64 predicted classes.
         num_rejected: images that fool the model but are not allowed.
         num_non_finite: allowed images whose logits are NaN or infinite; they count as broken.
     """
 
-    broken_B: Tensor
-    predictions_B: Tensor
+    broken: Tensor
+    predictions: Tensor
     num_rejected: int
     num_non_finite: int
 
@@ -61,7 +63,8 @@ def perturbation_sizes(adversarial_BCHW: Tensor, clean_BCHW: Tensor, norm: Norm)
     delta = (adversarial_BCHW.double() - clean_BCHW.double()).flatten(1)
     if norm == "Linf":
         return delta.abs().amax(dim=1)
-    return delta.norm(dim=1)
+    sizes_B: Tensor = torch.linalg.vector_norm(delta, dim=1)
+    return sizes_B
 
 
 def judge(
@@ -69,9 +72,7 @@ def judge(
     adversarial_BCHW: Tensor,
     clean_BCHW: Tensor,
     labels_B: Tensor,
-    *,
-    eps: float,
-    norm: Norm,
+    threat: ThreatModel,
 ) -> Verdict:
     """Judge finished adversarial images: their prediction, their norm and their range [0, 1].
 
@@ -80,8 +81,7 @@ def judge(
         adversarial_BCHW: [B, C, H, W] finished images.
         clean_BCHW: [B, C, H, W] the images they were made from.
         labels_B: [B] int64.
-        eps: radius of the ball.
-        norm: norm of the ball.
+        threat: the allowed images.
 
     Returns:
         The verdict; NaN pixels are not allowed, NaN logits are not a correct prediction.
@@ -91,15 +91,14 @@ def judge(
     predictions_B = logits_BC.max(dim=1).indices
     finite_B = logits_BC.isfinite().all(dim=1)
     pixels = adversarial_BCHW.flatten(1)
-    # Comparisons with NaN are False, so that NaN pixels are outside.
-    allowed_B = perturbation_sizes(adversarial_BCHW, clean_BCHW, norm) <= eps + TOLERANCE * max(
-        1.0, eps
-    )
-    allowed_B = allowed_B & (pixels.amin(dim=1) >= 0.0) & (pixels.amax(dim=1) <= 1.0)
+    sizes_B = perturbation_sizes(adversarial_BCHW, clean_BCHW, threat.norm)
+    # Comparisons with NaN are False, so that NaN pixels are not allowed.
+    allowed_B = sizes_B <= threat.eps + TOLERANCE * max(1.0, threat.eps)
+    allowed_B &= (pixels.amin(dim=1) >= 0.0) & (pixels.amax(dim=1) <= 1.0)
     fooled_B = (predictions_B != labels_B) | ~finite_B
     return Verdict(
-        broken_B=fooled_B & allowed_B,
-        predictions_B=predictions_B,
+        broken=fooled_B & allowed_B,
+        predictions=predictions_B,
         num_rejected=int((fooled_B & ~allowed_B).sum()),
         num_non_finite=int((allowed_B & ~finite_B).sum()),
     )

@@ -29,7 +29,8 @@ class ClassStatistics(nn.Module):
     Args:
         num_classes: C >= 1.
         temperature: tau > 0 of the softmax.
-        dtype: of the buffers; default: torch's default dtype.
+        dtype: of the buffers, float32 or float64. Default: float64 where that is torch's default
+            dtype, else float32, since counts stop growing early in half precision.
 
     Raises:
         ValueError: arguments that do not fit.
@@ -54,6 +55,11 @@ class ClassStatistics(nn.Module):
         if num_classes < 1:
             raise ValueError(f"num_classes must be >= 1, got {num_classes}")
         check_number("temperature", temperature, positive=True)
+        if dtype is None:
+            is_double = torch.get_default_dtype() == torch.float64
+            dtype = torch.float64 if is_double else torch.float32
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         self.num_classes = num_classes
         self.temperature = temperature
         uniform = torch.full((num_classes, num_classes), 1 / num_classes, dtype=dtype)
@@ -74,28 +80,38 @@ class ClassStatistics(nn.Module):
             ValueError: shapes or dtypes that do not fit, labels out of range.
         """
         soft = self._check(logits, labels, mask)
-        counted = logits.isfinite().all(1)
+        dtype = self.sums.dtype
+        scaled_BC = logits.detach().to(dtype) / self.temperature
+        counted = scaled_BC.isfinite().all(1)
         if mask is not None:
             counted = counted & mask
-        if not soft:
-            counted = counted & (labels != NO_LABEL)
-        dtype = self.sums.dtype
-        clean = logits.detach().to(dtype).masked_fill(~counted[:, None], 0.0)
-        probs_BC = F.softmax(clean / self.temperature, 1) * counted[:, None]
         if soft:
-            labels_BC = labels.detach().to(dtype) * counted[:, None]
-            self.sums += labels_BC.t() @ probs_BC
+            labels_BC = labels.detach().to(dtype)
+            counted = counted & labels_BC.isfinite().all(1)
+        else:
+            counted = counted & (labels.long() != NO_LABEL)
+        probs_BC = F.softmax(scaled_BC.masked_fill(~counted[:, None], 0.0), 1)
+        if soft:
+            labels_BC = labels_BC.masked_fill(~counted[:, None], 0.0)
+            self.sums += _exact_matmul(labels_BC.t(), probs_BC)
             self.counts += labels_BC.sum(0)
             return
         index = labels.long().masked_fill(~counted, 0)
+        # The checked addition goes to a copy, so that an unknown label changes nothing.
+        self.counts.copy_(self._counted_labels(index, counted))
+        self.sums.index_add_(0, index, probs_BC * counted[:, None])
+
+    def _counted_labels(self, index: Tensor, counted: Tensor) -> Tensor:
         try:
-            self.counts.index_add_(0, index, counted.to(dtype))
+            return self.counts.index_add(0, index, counted.to(self.counts.dtype))
         except (IndexError, RuntimeError) as error:
-            raise ValueError(
-                f"labels must be in [0, {self.num_classes}) or {NO_LABEL}, got "
-                f"{labels.min().item()} to {labels.max().item()}"
-            ) from error
-        self.sums.index_add_(0, index, probs_BC)
+            raise self._unknown_label(index) from error
+
+    def _unknown_label(self, labels: Tensor) -> ValueError:
+        return ValueError(
+            f"labels must be in [0, {self.num_classes}), or {NO_LABEL} in update() where a sample "
+            f"does not count, got {labels.min().item()} to {labels.max().item()}"
+        )
 
     def _check(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> bool:
         """Raise on shapes and dtypes that do not fit; return whether the labels are soft."""
@@ -103,7 +119,7 @@ class ClassStatistics(nn.Module):
             raise ValueError(f"logits must be [B, {self.num_classes}], got {list(logits.shape)}")
         soft = labels.ndim == 2
         expected = logits.shape if soft else logits.shape[:1]
-        if labels.shape != expected or labels.is_floating_point() != soft:
+        if labels.shape != expected or not _is_kind(labels, soft):
             raise ValueError(
                 f"labels must be integers [B] or floats [B, C] with B, C = {list(logits.shape)}, "
                 f"got {labels.dtype} {list(labels.shape)}"
@@ -158,16 +174,29 @@ class ClassStatistics(nn.Module):
 
         Returns:
             [B, C] weights for ``class_probs``.
+
+        Raises:
+            ValueError: labels of a wrong shape or dtype, or out of range.
         """
-        if labels.ndim == 2 and labels.is_floating_point():
-            return labels.to(self.table.dtype) @ self.table
-        return self.table[labels]
+        soft = labels.ndim == 2
+        fits = labels.shape[1] == self.num_classes if soft else labels.ndim == 1
+        if not (fits and _is_kind(labels, soft)):
+            raise ValueError(
+                f"labels must be integers [B] or floats [B, C] with C = {self.num_classes}, "
+                f"got {labels.dtype} {list(labels.shape)}; maps take class_table and labels instead"
+            )
+        if soft:
+            return _exact_matmul(labels.to(self.table.dtype), self.table)
+        try:
+            return self.table.index_select(0, labels.long())
+        except IndexError as error:
+            raise self._unknown_label(labels) from error
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if _rank() > 0:  # the saved sums are totals: only the first process may carry them
-            self.sums.zero_()
-            self.counts.zero_()
+            self.sums = torch.zeros_like(self.sums)
+            self.counts = torch.zeros_like(self.counts)
 
     def extra_repr(self) -> str:
         """Show the settings in ``repr``."""
@@ -176,3 +205,14 @@ class ClassStatistics(nn.Module):
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _is_kind(labels: Tensor, soft: bool) -> bool:
+    floating = labels.is_floating_point()
+    return floating if soft else not floating and labels.dtype != torch.bool
+
+
+def _exact_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply in the dtype of the tensors, which autocast would lower."""
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from dkl.losses.reduction import keep_counted, num_counted, reduce_rows
+from dkl.losses.reduction import keep_counted, num_counted, reduce_rows, safe_divisor
 from dkl.losses.rows import (
     NO_LABEL,
+    check_divisor,
     check_logits,
     check_number,
     check_reduction,
@@ -106,6 +107,8 @@ def class_weights(
         labels_N = labels.reshape(-1).long()
         labels_N = labels_N if counted is None else labels_N.masked_fill(~counted, 0)
         weights_NC = _table_rows(class_table.to(target_NC.dtype), labels_N)
+        # Also for gradients: the power of a zero weight has an infinite one.
+        weights_NC = weights_NC if counted is None else weights_NC.masked_fill(~counted[:, None], 0)
     elif class_probs is not None:
         weights_NC = to_rows(class_probs, target_NC.dtype, counted)
     else:  # in log space, so that the power's gradient is finite where a probability underflows
@@ -152,6 +155,8 @@ def _check_options(options: DecoupledOptions) -> None:
     check_number("gamma", options["gamma"])
     check_number("temperature", options["temperature"], positive=True)
     check_number("weight_temperature", options["weight_temperature"], positive=True)
+    check_divisor("denominator", options["denominator"])
+    check_divisor("num_items", options["num_items"])
     normalization, backend = options["normalization"], options["backend"]
     if normalization not in ("rows", "weights"):
         raise ValueError(f"normalization must be 'rows' or 'weights', got {normalization!r}")
@@ -245,7 +250,8 @@ def decoupled_kl_loss(
         detach_weights: no gradient through the weights.
         reduction: "mean", "sum", or "none": one value per row, zero where it does not count; with
             "weights" normalization their mean over counted rows is the loss.
-        denominator: replaces D, for exact data parallelism and gradient accumulation.
+        denominator: replaces D, for exact data parallelism and gradient accumulation: a number or
+            a tensor without dimensions, >= 0; at zero nothing counts and the term is zero.
         num_items: replaces the number of rows in "mean", likewise.
         return_parts: also return the two terms without their weights, detached.
         backend: "auto" or "reference" (plain autograd: double backward, torch.func).
@@ -315,6 +321,5 @@ def _rows_per_weight(
     """Return n / D: turns a mean over rows into a sum divided by D (normalization="weights")."""
     num_rows = num_counted(total_N, counted) if num_items is None else num_items
     if denominator is None:
-        weight_sum = keep_counted(total_N.square(), counted).sum()
-        denominator = torch.where(weight_sum > 0, weight_sum, torch.ones_like(weight_sum))
-    return num_rows / denominator
+        denominator = keep_counted(total_N.square(), counted).sum()
+    return num_rows / safe_divisor(denominator, total_N)

@@ -16,6 +16,18 @@ def keep_counted(values_N: Tensor, counted: Tensor | None) -> Tensor:
     return values_N if counted is None else values_N.masked_fill(~counted, 0.0)
 
 
+def safe_divisor(divisor: float | Tensor, values: Tensor) -> float | Tensor:
+    """Return the divisor in the dtype of the values, or one where it is zero.
+
+    A count or weight sum is zero where nothing counts: the sum above it is zero too, and so is the
+    loss then.
+    """
+    if not isinstance(divisor, Tensor):
+        return divisor or 1.0
+    divisor = divisor.to(values.dtype)
+    return torch.where(divisor > 0, divisor, torch.ones_like(divisor))
+
+
 def reduce_rows(
     values_N: Tensor,
     reduction: str,
@@ -30,7 +42,7 @@ def reduce_rows(
     if reduction == "sum":
         return total
     if num_items is not None:
-        return total / num_items
+        return total / safe_divisor(num_items, total)
     if counted is None:
         return total / max(values_N.shape[0], 1)
     return total / num_counted(values_N, counted)

@@ -16,16 +16,16 @@ def check_logits(input: Tensor, target: Tensor) -> None:
     for name, value in (("input", input), ("target", target)):
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} must be a tensor of logits, got {type(value).__name__}")
+    if not (input.is_floating_point() and target.is_floating_point()):
+        raise ValueError(
+            "input and target must both be floating-point logits (target is the reference model's "
+            f"logits, neither labels nor probabilities), got {input.dtype} and {target.dtype}"
+        )
     if input.shape != target.shape or input.ndim < 2:
         raise ValueError(
             "input and target must have one shape [N, C] or [N, C, d1, ...] with classes in dim 1, "
             f"got input {list(input.shape)} and target {list(target.shape)}; for sequences "
             "[B, T, C] use dkl.losses.dense.sequence_loss"
-        )
-    if not (input.is_floating_point() and target.is_floating_point()):
-        raise ValueError(
-            "input and target must both be floating-point logits (target is the reference model's "
-            f"logits, neither labels nor probabilities), got {input.dtype} and {target.dtype}"
         )
     if input.shape[1] == 0:
         raise ValueError(f"at least one class is needed in dim 1, got shape {list(input.shape)}")
@@ -42,6 +42,18 @@ def check_number(name: str, value: float, *, positive: bool = False) -> None:
     """Raise ValueError unless value is finite and >= 0 (> 0 when ``positive``)."""
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
         raise ValueError(f"{name} must be finite and {'>' if positive else '>='} 0, got {value}")
+
+
+def check_divisor(name: str, value: float | Tensor | None) -> None:
+    """Raise ValueError unless value is None, finite and >= 0, or a tensor without dimensions."""
+    if isinstance(value, Tensor):
+        if value.ndim > 0:
+            raise ValueError(
+                f"{name} must be a number or a tensor without dimensions, as .sum() returns, "
+                f"got shape {list(value.shape)}"
+            )
+    elif value is not None:
+        check_number(name, value)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -71,7 +83,8 @@ def counted_rows(
             f"labels must be integers of input's shape without dim 1, {list(row_shape)}, "
             f"got {labels.dtype} {list(labels.shape)}"
         )
-    counted = labels != ignore_index
+    # long, because in an unsigned type a negative ignore_index would wrap to a valid class
+    counted = labels.long() != ignore_index
     return (counted if mask is None else counted & mask).reshape(-1)
 
 

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from dkl.losses.decoupled import DecoupledOptions, DecoupledParts, decoupled_kl_loss
 
 LossOrParts = Tensor | tuple[Tensor, DecoupledParts]
-_PER_CALL = {"class_table", "labels", "mask", "denominator", "num_items"}
+_PER_CALL = {"class_probs", "class_table", "labels", "mask", "denominator", "num_items"}
 
 
 @overload

@@ -153,6 +153,7 @@ class FrozenTeacher(nn.Module):
         return logits
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenTeacher":
-        for module in (super(), self.model):  # what .to(), .double() and .cuda() call
-            module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # What .to(), .double() and .cuda() call.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.model._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self

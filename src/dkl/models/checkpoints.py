@@ -55,6 +55,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> list[str]:
     # A compiled model keeps the one that has the plain names.
     model = getattr(model, "_orig_mod", model)
     expected = model.state_dict()
+    if any(value.is_meta for value in expected.values()):
+        raise ValueError("the model has no memory (device meta); call model.to_empty(...) first")
     weights = read_state_dict(path)
     prefix = _common_prefix(weights, expected)
     dropped, state = [], {}
@@ -66,9 +68,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> list[str]:
             state[bare_name] = value
     if problems := _find_problems(expected, state):
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}")
-    with torch.no_grad():
-        for name, value in state.items():
-            expected[name].copy_(value)
+    model.load_state_dict(state)
     if prefix:
         logger.info("%s: removed the prefix %r", path, prefix)
     if dropped:

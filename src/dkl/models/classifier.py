@@ -31,8 +31,8 @@ class ImageClassifier(nn.Module, ABC):
     """Feature maps, global average pooling and one linear layer.
 
     It has the attributes and the three methods by which timm's models are used. Built-in
-    normalisation (see ``dkl.models.normalization``) belongs to calling the model: ``forward_features``
-    called alone takes images that are normalised already, as it does in timm.
+    normalisation (see ``dkl.models.normalization``) belongs to calling the model:
+    ``forward_features`` called alone takes images that are normalised already, as in timm.
 
     Args:
         num_classes: number of logits.

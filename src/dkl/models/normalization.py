@@ -39,21 +39,15 @@ def add_normalization(
     """
     if _normalizes(model):
         raise ValueError("the model has a normalisation already; build a new one to change it")
-    for name, values in (("mean", mean), ("std", std)):
-        if isinstance(values, str) or not isinstance(values, Sequence):
-            raise ValueError(f"{name} must be a list of {in_channels} numbers, got {values!r}")
-        if len(values) != in_channels:
-            raise ValueError(
-                f"{name} needs one number for each of the {in_channels} channels, "
-                f"got {len(values)}: {list(values)}"
-            )
+    mean = _one_per_channel("mean", mean, in_channels)
+    std = _one_per_channel("std", std, in_channels)
     if not all(0 <= value <= 1 for value in mean):
         raise ValueError(
-            f"mean must lie in [0, 1], as images do, got {list(mean)}; "
+            f"mean must lie in [0, 1], as images do, got {mean}; "
             "divide mean and std by 255 if they are for pixels from 0 to 255"
         )
     if not all(0 < value < math.inf for value in std):
-        raise ValueError(f"std must be positive, got {list(std)}")
+        raise ValueError(f"std must be positive, got {std}")
     like = next(model.parameters(), torch.empty(0))
     for name, values in (("input_mean", mean), ("input_std", std)):
         # [C, 1, 1] and not [1, C, 1, 1]: a conversion to channels_last must leave it alone.
@@ -94,6 +88,21 @@ def normalize_images(model: nn.Module, images_NCHW: Tensor) -> Tensor:
             f"the model needs images [N, {len(mean_C11)}, H, W], got {list(images_NCHW.shape)}"
         )
     return (images_NCHW - mean_C11) / std_C11
+
+
+def _one_per_channel(name: str, values: Sequence[float], in_channels: int) -> list[float]:
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} must be a list of {in_channels} numbers, got {values!r}"
+        ) from None
+    if len(numbers) != in_channels:
+        raise ValueError(
+            f"{name} needs one number for each of the {in_channels} channels, "
+            f"got {len(numbers)}: {numbers}"
+        )
+    return numbers
 
 
 def _normalizes(model: nn.Module) -> bool:

@@ -124,13 +124,14 @@ def _create_timm_model(name: str, num_classes: int, in_channels: int, **kwargs: 
     if not timm.is_model(timm_name):
         raise ValueError(_unknown(name, [*list_models(), *timm.list_models()]))
     try:
-        model: nn.Module = timm.create_model(
+        created: Any = timm.create_model(
             timm_name, num_classes=num_classes, in_chans=in_channels, **kwargs
         )
     except TypeError as error:
         raise ValueError(f"timm cannot build {timm_name} with {kwargs}: {error}") from error
-    if not hasattr(model, "in_chans"):
-        model.in_chans = in_channels
+    if not hasattr(created, "in_chans"):
+        created.in_chans = in_channels
+    model: nn.Module = created
     return model
 
 

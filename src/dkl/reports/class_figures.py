@@ -6,8 +6,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from dkl.reports.groups import Group, Spread, find_rows_by, group_runs
-from dkl.reports.records import Run
-from dkl.reports.style import INK, NEGATIVE, POSITIVE, figure_style, new_figure
+from dkl.reports.records import ResultRow, Run
+from dkl.reports.style import INK, NEGATIVE, POSITIVE, figure_style, name_places, new_figure
 from dkl.reports.tables import describe_metric
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MAX_NAMED = 30  # classes; more names than this do not fit side by side
+_MAX_NAME = 16  # characters
 _MAX_NUMBERS = 12  # classes; more numbers than this do not fit into the cells
 
 
@@ -50,7 +51,8 @@ def class_margin_differences(
         for index, name in enumerate(names)
     ]
     with figure_style():
-        title = f"Class margin: {pair[0].label} minus {pair[1].label}, mean over seeds"
+        seeds = "mean over seeds" if any(len(group.runs) > 1 for group in pair) else "one seed"
+        title = f"Class margin: {pair[0].label} minus {pair[1].label}, {seeds}"
         figure = new_figure(3.4, title)
         axes = figure.subplots()
         if len(differences) > _MAX_NAMED:
@@ -59,14 +61,7 @@ def class_margin_differences(
             axes.set_xticks([])
         else:
             axes.set_xlabel("class")
-            slanted = max(map(len, names)) * len(names) > 75
-            axes.set_xticks(
-                range(len(names)),
-                [name[:18] for name in names],
-                rotation=40 if slanted else 0,
-                ha="right" if slanted else "center",
-                rotation_mode="anchor" if slanted else "default",
-            )
+            name_places(axes, [_shorten(name) for name in names])
         _draw_bars(axes, [(value, error) for value, error, _ in differences])
         axes.set_ylabel("margin difference (probability)")
     return figure
@@ -101,7 +96,8 @@ def class_table_heat_map(runs: Iterable[Run], *, label: str | None = None) -> "F
     with figure_style():
         from matplotlib.colors import PowerNorm
 
-        figure = new_figure(5.4, f"Class table of {group.label}, mean over {len(tables)} seeds")
+        seeds = f"mean over {len(tables)} seeds" if len(tables) > 1 else "one seed"
+        figure = new_figure(5.4, f"Class table of {group.label}, {seeds}")
         axes = figure.subplots()
         axes.grid(visible=False)
         image = axes.imshow(
@@ -111,15 +107,8 @@ def class_table_heat_map(runs: Iterable[Run], *, label: str | None = None) -> "F
         bar.outline.set_visible(False)
         axes.set(xlabel="predicted class", ylabel="class of the images")
         if num_classes <= _MAX_NAMED:
-            short = [name[:14] for name in names]
-            slanted = max(map(len, short)) > 3
-            axes.set_xticks(
-                range(num_classes),
-                short,
-                rotation=40 if slanted else 0,
-                ha="right" if slanted else "center",
-                rotation_mode="anchor" if slanted else "default",
-            )
+            short = [_shorten(name) for name in names]
+            name_places(axes, short)
             axes.set_yticks(range(num_classes), short)
         if num_classes <= _MAX_NUMBERS:
             _write_numbers(axes, mean_CC)
@@ -171,14 +160,16 @@ def _margins(group: Group) -> list[Spread]:
     """Return one entry per class; empty where rows lack or do not number the classes from 0."""
     per_class: dict[int, list[float]] = {}
     for run in group.runs:
-        rows = find_rows_by(
-            run, "class_margin", lambda row: -1 if row.class_index is None else row.class_index
-        )
+        rows = find_rows_by(run, "class_margin", _class_index)
         for index, row in rows.items():
             per_class.setdefault(index, []).append(row.value)
     if sorted(per_class) != list(range(len(per_class))):
         return []
     return [Spread.of(per_class[index]) for index in range(len(per_class))]
+
+
+def _class_index(row: ResultRow) -> int:
+    return -1 if row.class_index is None else row.class_index
 
 
 def _error(first: Spread, second: Spread) -> float | None:
@@ -214,6 +205,10 @@ def _class_names(runs: Iterable[Run], num_classes: int) -> list[str]:
         if len(run.class_names) == num_classes:
             return list(run.class_names)
     return [str(index) for index in range(num_classes)]
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 2] + ".."
 
 
 def _write_numbers(axes: "Axes", mean_CC: Sequence[Sequence[float]]) -> None:

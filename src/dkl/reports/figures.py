@@ -1,7 +1,7 @@
 """Figures of the report: from runs to matplotlib figures, no state, None where data lack."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dkl.reports.class_figures import class_margin_differences, class_table_heat_map
@@ -11,7 +11,6 @@ from dkl.reports.style import add_legend, draw_band, figure_style, look, new_fig
 from dkl.reports.tables import describe_metric
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = [
@@ -46,9 +45,7 @@ def training_curves(runs: Iterable[Run]) -> "Figure | None":
         return None
     with figure_style():
         num_rows = -(-len(panels) // 2)
-        figure = new_figure(
-            0.4 + 2.3 * num_rows, f"Training: mean over seeds{_band_words(groups)}, by epoch"
-        )
+        figure = new_figure(0.4 + 2.3 * num_rows, f"Training by epoch: {_over_seeds(groups)}")
         grid = figure.subplots(num_rows, min(2, len(panels)), squeeze=False)
         handles: dict[str, Any] = {}
         for axes, (key, title, unit, factor) in zip(grid.flat, panels, strict=False):
@@ -91,16 +88,18 @@ def clean_versus_robust(runs: Iterable[Run]) -> "Figure | None":
         return None
     described = describe_metric(metric)
     assert described is not None
-    attack = f"{described[2]} ({norm}, epsilon {format_epsilon(epsilon)})"
+    attack = f"accuracy under {described[2]}"
     with figure_style():
-        figure = new_figure(3.9, f"Clean accuracy against accuracy under {described[2]}, per run")
+        threat = f"({norm}, epsilon {format_epsilon(epsilon)})"
+        figure = new_figure(3.9, f"Clean accuracy and {attack} {threat}, per run")
         axes = figure.subplots()
         handles = []
         for place, pairs in points.items():
             style = look(place)
             handles.append(
                 axes.scatter(
-                    *zip(*pairs, strict=True),
+                    [clean for clean, _ in pairs],
+                    [robust for _, robust in pairs],
                     color=style.colour,
                     marker=style.marker,
                     s=46,
@@ -108,8 +107,9 @@ def clean_versus_robust(runs: Iterable[Run]) -> "Figure | None":
                     linewidths=0,
                 )
             )
-        axes.set(xlabel="test accuracy, clean (%)", ylabel=f"test accuracy, {attack} (%)")
-        axes.margins(0.08)
+        axes.set(xlabel="clean test accuracy (%)", ylabel=f"test {attack} (%)")
+        axes.set_xlim(*_limits([clean for pairs in points.values() for clean, _ in pairs]))
+        axes.set_ylim(*_limits([robust for pairs in points.values() for _, robust in pairs]))
         add_legend(figure, handles, [groups[place].label for place in points])
     return figure
 
@@ -129,9 +129,11 @@ def robustness_curve(runs: Iterable[Run]) -> "Figure | None":
     if not norms:
         return None
     with figure_style():
-        figure = new_figure(3.6, f"Accuracy by attack budget: mean over seeds{_band_words(groups)}")
+        figure = new_figure(3.6, f"Accuracy by attack budget: {_over_seeds(groups)}")
         handles: dict[str, Any] = {}
-        for axes, norm in zip(figure.subplots(1, len(norms), squeeze=False).flat, norms):
+        for axes, norm in zip(
+            figure.subplots(1, len(norms), squeeze=False).flat, norms, strict=True
+        ):
             scale, unit = _epsilon_unit({eps for curve in curves for n, eps in curve if n == norm})
             for place, (group, curve) in enumerate(zip(groups, curves, strict=True)):
                 shown = {eps * scale: ys for (n, eps), ys in curve.items() if n == norm}
@@ -184,8 +186,10 @@ def _epochs_with(group: Group, key: str) -> dict[int, list[float]]:
 def _sweep(group: Group) -> dict[tuple[str, float], Spread]:
     values: dict[tuple[str, float], list[float]] = {}
     for run in group.runs:
-        by_threat: Callable[[Any], Any] = lambda row: (row.norm or "", row.epsilon or 0.0)
-        for threat, row in find_rows_by(run, "epsilon_sweep_accuracy", by_threat).items():
+        rows = find_rows_by(
+            run, "epsilon_sweep_accuracy", lambda row: (row.norm or "", row.epsilon or 0.0)
+        )
+        for threat, row in rows.items():
             values.setdefault(threat, []).append(100 * row.value)
     return {threat: Spread.of(values[threat]) for threat in sorted(values)}
 
@@ -195,6 +199,13 @@ def _epsilon_unit(epsilons: Iterable[float]) -> tuple[float, str]:
     return (255.0, ", in 1/255") if any(text.endswith("/255") for text in shown) else (1.0, "")
 
 
-def _band_words(groups: Sequence[Group]) -> str:
-    several: Mapping[bool, str] = {True: ", band of one standard deviation", False: ""}
-    return several[any(len(group.runs) > 1 for group in groups)]
+def _limits(percentages: Sequence[float]) -> tuple[float, float]:
+    """Return axis limits with some room, at least two points wide, not far outside 0 to 100."""
+    low, high = min(percentages), max(percentages)
+    room = max(0.08 * (high - low), (2.0 - (high - low)) / 2, 0.2)
+    return max(low - room, min(low, 0.0) - 0.08 * (high - low) - 0.5), high + room
+
+
+def _over_seeds(groups: Sequence[Group]) -> str:
+    most = max(len(group.runs) for group in groups)
+    return "mean over seeds, band of one standard deviation" if most > 1 else "one seed"

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dkl.reports.groups import Spread
 
@@ -26,7 +26,7 @@ _LINES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 _LABEL_WIDTH = 46
 
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same text width everywhere
     "font.size": 9.0,
     "axes.titlesize": 9.5,
@@ -50,6 +50,8 @@ _SETTINGS = {
     "text.parse_math": False,  # class names and labels may hold dollar signs
     "legend.frameon": False,
     "legend.fontsize": 9.0,
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.constrained_layout.h_pad": 0.08,
     "figure.facecolor": "white",
     "svg.fonttype": "path",
 }
@@ -91,11 +93,25 @@ def new_figure(height: float, title: str) -> "Figure":
     """Return an empty figure of the common width with a title that states what is plotted."""
     from matplotlib.figure import Figure
 
+    lines = textwrap.wrap(title, 76)
+    height += 0.17 * (len(lines) - 1)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # type: ignore[union-attr]
-    lines = "\n".join(textwrap.wrap(title, 88))
-    figure.suptitle(lines, x=0.012, ha="left", fontsize=10, fontweight="bold")
+    figure.suptitle("\n".join(lines), x=0.012, ha="left", fontsize=10, fontweight="bold")
     return figure
+
+
+def name_places(axes: "Axes", names: Sequence[str]) -> None:
+    """Write a name at 0, 1, 2, ... of the x axis, turned where they would run into each other."""
+    room = 6.0 / len(names)  # inches for each name
+    widest = 0.085 * max(map(len, names))
+    if widest < room:
+        axes.set_xticks(range(len(names)), names)
+        return
+    angle = 40 if room > 0.35 else 90
+    anchor = {"ha": "right", "va": "center", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(names)), names, rotation=angle, **anchor)
+    figure = axes.figure
+    figure.set_figheight(figure.get_figheight() + 0.75 * widest)  # type: ignore[union-attr]
 
 
 def draw_band(axes: "Axes", xs: Sequence[float], ys: Sequence[Spread], style: Look) -> "Artist":
@@ -122,7 +138,7 @@ def add_legend(figure: "Figure", handles: Sequence["Artist"], labels: Sequence[s
     texts = [textwrap.shorten(label, _LABEL_WIDTH * 2, placeholder="...") for label in labels]
     texts = ["\n".join(textwrap.wrap(text, _LABEL_WIDTH * 2)) for text in texts]
     longest = max(len(text) for text in texts)
-    num_columns = max(1, min(len(texts), int((WIDTH - 0.2) / (0.078 * longest + 0.55))))
+    num_columns = max(1, min(len(texts), int((WIDTH - 0.2) / (0.07 * longest + 0.55))))
     num_rows = -(-len(texts) // num_columns)
     figure.set_figheight(figure.get_figheight() + 0.2 * num_rows + 0.1)
     figure.legend(

@@ -1,0 +1,153 @@
+"""What a training run is told, and what it returns."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+TRACKERS = ("tensorboard", "wandb")
+
+_BOOKKEEPING = ("checkpoint_every_steps", "keep_last", "record_every_steps", "trackers")
+
+
+class DataSource(Protocol):
+    """Training data: a length, and batches for given positions."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    def batches(
+        self, index_batches: Iterable[Tensor], device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (images [B, C, H, W] uint8 or float in [0, 1], labels [B]) for each index batch."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """Settings of the training loop.
+
+    Args:
+        epochs: number of epochs.
+        batch_size: samples of one optimiser step, over all processes and micro-batches.
+        seed: of the order of the data, the noise and the global generators, in [0, 2**31).
+        accumulation: micro-batches of one optimiser step in each process.
+        dtype: of weights and images; "float64" is for tests of exactness.
+        mixed_precision: "no", "bf16" or "fp16" (GPU only); weights stay in ``dtype``.
+        channels_last: memory format of model and images.
+        compile_model: compile the model's forward with torch.compile.
+        clip_norm: bound on the norm of the whole gradient, or None.
+        drop_last: leave out the incomplete last step of an epoch.
+        shuffle: draw a new order for every epoch.
+        batch_norm: "local" takes batch statistics in each process and averages the running ones
+            over processes at the end of every epoch; "sync" takes statistics over all processes
+            (GPU only).
+        deterministic: refuse operations without a deterministic implementation.
+        checkpoint_every_steps: additional checkpoints within an epoch; one is always written at its
+            end.
+        keep_last: number of latest checkpoints kept, at least 1, beside the best.
+        record_every_steps: steps between rows in the records.
+        validate_every: epochs between validations; the last epoch is always validated.
+        best_metric: which value of ``validate`` chooses the best checkpoint.
+        best_mode: whether "max" or "min" of it is best.
+        trackers: "tensorboard" and "wandb", in addition to the JSONL records.
+
+    Raises:
+        ValueError: with every value that is out of range.
+
+    Example:
+        >>> LoopSettings(epochs=2, batch_size=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: training settings: batch_size must be at least 1; got 0
+    """
+
+    epochs: int
+    batch_size: int
+    seed: int = 0
+    accumulation: int = 1
+    dtype: Literal["float32", "float64"] = "float32"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    channels_last: bool = False
+    compile_model: bool = False
+    clip_norm: float | None = None
+    drop_last: bool = False
+    shuffle: bool = True
+    batch_norm: Literal["local", "sync"] = "local"
+    deterministic: bool = False
+    checkpoint_every_steps: int | None = None
+    keep_last: int = 1
+    record_every_steps: int = 50
+    validate_every: int = 1
+    best_metric: str = "val_accuracy"
+    best_mode: Literal["max", "min"] = "max"
+    trackers: tuple[str, ...] = ("tensorboard",)
+
+    def __post_init__(self) -> None:
+        problems = [*self._counts_out_of_range(), *self._unknown_choices()]
+        if not 0 <= self.seed < 2**31:
+            problems.append(f"seed must be in [0, 2**31); got {self.seed}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            problems.append(f"clip_norm must be positive or None; got {self.clip_norm}")
+        if self.dtype == "float64" and self.mixed_precision != "no":
+            problems.append("mixed precision needs dtype 'float32'; set one of the two back")
+        if problems:
+            raise ValueError("training settings: " + "; ".join(problems))
+
+    def _counts_out_of_range(self) -> Iterator[str]:
+        names = ("epochs", "batch_size", "accumulation", "keep_last")
+        for name in (*names, "record_every_steps", "validate_every"):
+            if getattr(self, name) < 1:
+                yield f"{name} must be at least 1; got {getattr(self, name)}"
+        if self.checkpoint_every_steps is not None and self.checkpoint_every_steps < 1:
+            yield f"checkpoint_every_steps must be at least 1 or None; got {self.checkpoint_every_steps}"
+
+    def _unknown_choices(self) -> Iterator[str]:
+        choices = {
+            "dtype": ("float32", "float64"),
+            "mixed_precision": ("no", "bf16", "fp16"),
+            "batch_norm": ("local", "sync"),
+            "best_mode": ("max", "min"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                yield f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
+        for tracker in self.trackers:
+            if tracker not in TRACKERS:
+                yield f"trackers may hold {', '.join(TRACKERS)}; got {tracker!r}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Return ``dtype`` as PyTorch knows it."""
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
+    def trajectory(self) -> dict[str, Any]:
+        """Return the settings that decide the trajectory: those a resumed run must share."""
+        return {key: value for key, value in asdict(self).items() if key not in _BOOKKEEPING}
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Where a training run ended.
+
+    Args:
+        run_dir: folder of the run.
+        last_checkpoint: folder of the latest checkpoint.
+        best_checkpoint: folder of the best one; None without validation.
+        best_metric: name of the value that chose it.
+        best_value: that value; None without validation.
+        epochs_done: completed epochs.
+        steps_done: completed optimiser steps.
+        stopped_early: True if a signal ended the run; it can be resumed.
+    """
+
+    run_dir: Path
+    last_checkpoint: Path
+    best_checkpoint: Path | None
+    best_metric: str
+    best_value: float | None
+    epochs_done: int
+    steps_done: int
+    stopped_early: bool

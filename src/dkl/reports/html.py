@@ -1,0 +1,252 @@
+"""The report: one HTML file that needs nothing else."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dkl.reports.class_figures import class_margin_differences, class_table_heat_map
+from dkl.reports.figures import clean_versus_robust, robustness_curve, training_curves
+from dkl.reports.groups import Group, group_runs
+from dkl.reports.provenance import NOT_SETTINGS
+from dkl.reports.records import ResultRow, Run
+from dkl.reports.svg import inline_svg
+from dkl.reports.tables import compare, describe_metric
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MAX_COMMANDS = 3
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A figure of the report: what draws it, what it needs, and the command that makes that."""
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[Sequence[Run]], "Figure | None"]
+    has_data: Callable[[Run], bool]
+    needs: str
+    command: str
+    everywhere: bool = True
+
+
+def _has_rows(*metrics: str) -> Callable[[Run], bool]:
+    return lambda run: {*metrics} <= {row.metric for row in run.results if row.split == "test"}
+
+
+def _is_attacked(row: ResultRow) -> bool:
+    return row.norm is not None and row.split == "test" and describe_metric(row.metric) is not None
+
+
+def _has_clean_and_robust(run: Run) -> bool:
+    return _has_rows("clean_accuracy")(run) and any(map(_is_attacked, run.results))
+
+
+_PLANS = (
+    _Plan(
+        name="training-curves",
+        title="Training curves",
+        caption="Lines are means over seeds; bands are one sample standard deviation around them. "
+        "Validation images are held out of the training data. Accuracy under attack is that of "
+        "the short attack that chooses the checkpoint, usually higher than those of the table.",
+        draw=training_curves,
+        has_data=lambda run: bool(run.epochs),
+        needs="epoch records",
+        command="dkl train {recipe}",
+    ),
+    _Plan(
+        name="clean-versus-robust",
+        title="Clean versus robust accuracy",
+        caption="Every marker is one run on test images; up and to the right is better.",
+        draw=clean_versus_robust,
+        has_data=_has_clean_and_robust,
+        needs="clean_accuracy rows and rows of an attack",
+        command="dkl evaluate {run}",
+    ),
+    _Plan(
+        name="robustness-curve",
+        title="Robustness over epsilon",
+        caption="Test accuracy while the attack's budget grows. A curve that does not fall to "
+        "zero for large budgets would point at a broken attack.",
+        draw=robustness_curve,
+        has_data=_has_rows("epsilon_sweep_accuracy"),
+        needs="epsilon_sweep_accuracy rows",
+        command="dkl evaluate {run}",
+    ),
+    _Plan(
+        name="class-margins",
+        title="Class margins",
+        caption="Margin of a class: mean probability of the class over its images minus the "
+        "largest mean probability of another class. Blue: the first recipe has the larger margin. "
+        "Error bars, where there are several seeds, are standard errors of the difference.",
+        draw=class_margin_differences,
+        has_data=_has_rows("class_margin"),
+        needs='class_margin rows of two recipes, one of them with "trades" in its name',
+        command="dkl evaluate {run}",
+        everywhere=False,
+    ),
+)
+
+
+def write_report(runs: Iterable[Run], path: Path | str) -> Path:
+    """Write the report on some runs as one self-contained HTML file.
+
+    The file loads nothing from the network or the disk and runs no script. It appears whole or not
+    at all.
+
+    Args:
+        runs: at least one run.
+        path: where to write; folders are made.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: no runs.
+        OSError: the file cannot be written.
+    """
+    file = Path(path)
+    text = render_report(list(runs))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".part")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(name).chmod(0o644)  # mkstemp makes files that only their owner may read
+        Path(name).replace(file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return file
+
+
+def render_report(runs: Sequence[Run]) -> str:
+    """Return the report's HTML text; see ``write_report``."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("dkl.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    groups, _ = group_runs(runs)
+    table = compare(runs)
+    sections = [_section(plan, runs) for plan in _PLANS] + _table_sections(groups, runs)
+    return environment.get_template("report.html.j2").render(
+        title=", ".join(dict.fromkeys(group.recipe["name"] for group in groups)),
+        num_runs=sum(len(group.runs) for group in groups),
+        num_recipes=len(groups),
+        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        facts=_facts(runs),
+        table=table,
+        sections=sections,
+        recipes=[_recipe(group) for group in groups],
+        measurements=[_measurement(group, run) for group in groups for run in group.runs],
+    )
+
+
+def _section(plan: _Plan, runs: Sequence[Run]) -> dict[str, Any]:
+    figure = plan.draw(runs)
+    lacking = [run for run in runs if not plan.has_data(run)]
+    commands = [plan.command.format(recipe=run.name, run=run.path) for run in lacking]
+    return {
+        "name": plan.name,
+        "title": plan.title,
+        "caption": plan.caption,
+        "svg": _markup(figure, plan.name, plan.title),
+        "needs": plan.needs,
+        "lacking": list(dict.fromkeys(run.name for run in lacking)) if plan.everywhere else [],
+        "commands": list(dict.fromkeys(commands))[:_MAX_COMMANDS],
+    }
+
+
+def _table_sections(groups: Sequence[Group], runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return a heat map for every recipe with a class table, or a section that says none has."""
+    with_table = [group for group in groups if any(run.class_table for run in group.runs)]
+    sections = []
+    for number, group in enumerate(with_table, start=1):
+        name = "class-table" if number == 1 else f"class-table-{number}"
+        figure = class_table_heat_map(runs, label=group.label)
+        sections.append(
+            {
+                "name": name,
+                "title": f"Class table: {group.label}",
+                "caption": "Row y is the mean prediction for training images of class y, at the "
+                "temperature of the recipe: the class-wise global weights of the loss.",
+                "svg": _markup(figure, name, f"Class table of {group.label}"),
+                "needs": "",
+                "lacking": [],
+                "commands": [],
+            }
+        )
+    return sections or [
+        {
+            "name": "class-table",
+            "title": "Class table",
+            "caption": "",
+            "svg": None,
+            "needs": "class_table.json of a run whose method keeps a class table",
+            "lacking": [],
+            "commands": ["dkl train digits_ikl_at"],
+        }
+    ]
+
+
+def _markup(figure: "Figure | None", name: str, description: str) -> Any:
+    from markupsafe import Markup
+
+    return None if figure is None else Markup(inline_svg(figure, name, description))
+
+
+def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    rows = [row for run in runs for row in run.results]
+    times = sorted(row.time for row in rows if row.time)
+    versions: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for package, version in row.versions.items():
+            versions.setdefault(package, {})[version] = None
+    facts = {
+        "Measured": " to ".join(dict.fromkeys((times[0], times[-1]))) if times else "",
+        "Machine": "; ".join(dict.fromkeys(row.device for row in rows if row.device)),
+        "Versions": ", ".join(
+            f"{package} {' and '.join(found)}" for package, found in versions.items()
+        ),
+        "Commit": ", ".join(dict.fromkeys(row.commit for row in rows if row.commit)),
+    }
+    return [(name, text or "not recorded") for name, text in facts.items()]
+
+
+def _recipe(group: Group) -> dict[str, Any]:
+    import yaml
+
+    settings = {key: value for key, value in group.recipe.items() if key not in NOT_SETTINGS}
+    return {
+        "label": group.label,
+        "settings_hash": group.runs[0].settings_hash,
+        "seeds": ", ".join(str(seed) for seed in sorted(run.seed for run in group.runs)),
+        "yaml": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
+    }
+
+
+def _measurement(group: Group, run: Run) -> dict[str, Any]:
+    hashes = dict.fromkeys(str(row.weights_hash)[:12] for row in run.results if row.weights_hash)
+    checkpoints = dict.fromkeys(row.checkpoint for row in run.results)
+    return {
+        "label": group.label,
+        "seed": run.seed,
+        "path": str(run.path),
+        "epochs": len(run.epochs),
+        "rows": len(run.results),
+        "checkpoints": ", ".join(checkpoints) or "-",
+        "weights": ", ".join(hashes) or "-",
+    }

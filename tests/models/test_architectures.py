@@ -1,0 +1,180 @@
+"""Every model of the package: shapes, names of parameters, values, behaviour under torch."""
+
+import copy
+import json
+import math
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dkl.models import create_model
+
+GOLDEN = json.loads(
+    Path(__file__).parents[1].joinpath("golden", "robust_architectures.json").read_text()
+)
+# One small member of every family.
+SMALL_MODELS = [
+    ("convnet_small", {"width": 4}),
+    ("preact_resnet10", {"width": 4}),
+    ("preact_resnet18", {"width": 4}),
+    ("wrn_10_1", {"dropout": 0.1}),
+    ("wrn_16_2", {}),
+]
+
+
+@pytest.mark.parametrize("name", ["wrn_34_10", "wrn_34_20"])
+def test_wide_resnets_have_the_published_names_and_shapes_in_order(name):
+    golden = GOLDEN[name]
+    with torch.device("meta"):
+        model = create_model(name, num_classes=golden["fc.bias"][0])
+    state = model.state_dict()
+    assert [(key, list(value.shape)) for key, value in state.items()] == list(golden.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters"),
+    [("wrn_16_1", 180_916), ("wrn_16_2", 703_284), ("wrn_40_1", 569_780), ("wrn_40_2", 2_255_156)],
+)
+def test_wide_resnets_have_the_published_sizes(name, num_parameters):
+    model = create_model(name, num_classes=100)
+    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
+
+
+def test_wide_resnet_computes_what_the_reference_implementation_computes():
+    """Logits of the distillation literature's wrn_16_1 with weights from a closed formula."""
+    model = create_model("wrn_16_1", num_classes=100)
+    for position, (name, value) in enumerate(model.state_dict().items()):
+        if not value.is_floating_point():
+            continue
+        flat = torch.arange(value.numel(), dtype=torch.float64)
+        wave = torch.sin(12.9898 * flat + 78.233 * position) * 43758.5453
+        noise = 2 * (wave - wave.floor()) - 1
+        if name.endswith("running_var") or (value.dim() == 1 and name.endswith("weight")):
+            noise = 1 + 0.2 * noise
+        elif value.dim() == 1:
+            noise = 0.05 * noise
+        else:
+            noise = noise * math.sqrt(3 / value[0].numel())
+        value.copy_(noise.view_as(value))
+    images = torch.sin(0.013 * torch.arange(2 * 3 * 32 * 32)).view(2, 3, 32, 32).double()
+    with torch.no_grad():
+        logits = model.double().eval()(images)
+    first = [-0.39455129800396904, 0.920912843777364, 0.014818668037126281, -1.5153349341711395]
+    assert logits[0, :4].tolist() == pytest.approx(first, abs=1e-5)
+    assert logits.sum().item() == pytest.approx(-2.6113033139242905, abs=1e-4)
+    assert logits.abs().mean().item() == pytest.approx(0.4077136498011187, abs=1e-6)
+
+
+def test_wide_resnet_initialisation():
+    torch.manual_seed(0)
+    model = create_model("wrn_10_4", num_classes=10)
+    conv = model.block3.layer[0].conv2
+    assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 256)), rel=0.01)
+    assert model.conv1.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 16)), rel=0.1)
+    assert model.fc.bias.abs().max() == 0
+    assert (model.bn1.weight == 1).all()
+    assert (model.bn1.bias == 0).all()
+
+
+def test_wide_resnet_dropout_acts_in_training_only():
+    model = create_model("wrn_10_1", 10, dropout=0.5)
+    images = torch.rand(4, 3, 8, 8)
+    model.eval()
+    assert torch.equal(model(images), model(images))
+    model.train()
+    assert not torch.equal(model(images), model(images))
+
+
+def test_preact_resnet_names():
+    keys = set(create_model("preact_resnet18", 10, width=4).state_dict())
+    blocks = {key.split(".", 2)[2] for key in keys if key.startswith("layer2.0.")}
+    norm = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    assert blocks == {"conv1.weight", "conv2.weight", "shortcut.0.weight"} | {
+        f"bn{i}.{leaf}" for i in (1, 2) for leaf in norm
+    }
+    top = {key for key in keys if not key.startswith("layer")}
+    assert top == {"conv1.weight", "linear.weight", "linear.bias"} | {f"bn.{leaf}" for leaf in norm}
+    assert {key.rsplit(".", 2)[0] for key in keys if "shortcut" in key} == {
+        f"layer{stage}.0.shortcut" for stage in (2, 3, 4)
+    }
+    assert {key.split(".")[1] for key in keys if key.startswith("layer3")} == {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters"), [("preact_resnet18", 11_171_146), ("preact_resnet10", 4_898_634)]
+)
+def test_preact_resnet_sizes(name, num_parameters):
+    with torch.device("meta"):
+        model = create_model(name, 10)
+    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
+
+
+def test_convnet_small_is_small():
+    for in_channels in (1, 3):
+        model = create_model("convnet_small", 10, in_channels=in_channels)
+        assert 50_000 <= sum(parameter.numel() for parameter in model.parameters()) <= 100_000
+
+
+@pytest.mark.parametrize("size", [8, 28, 32])
+@pytest.mark.parametrize("in_channels", [1, 3])
+@pytest.mark.parametrize(("name", "options"), SMALL_MODELS)
+def test_forward_and_backward(name, options, in_channels, size):
+    model = create_model(name, 7, in_channels=in_channels, **options)
+    images = torch.rand(3, in_channels, size, size, requires_grad=True)
+    logits = model(images)
+    assert logits.shape == (3, 7)
+    logits.square().sum().backward()
+    gradients = [images.grad, *(parameter.grad for parameter in model.parameters())]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    assert images.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("name", "options"), SMALL_MODELS)
+def test_attributes_and_methods_of_timm(name, options):
+    model = create_model(name, 7, in_channels=1, **options).eval()
+    images = torch.rand(2, 1, 8, 8)
+    assert (model.num_classes, model.in_chans) == (7, 1)
+    features = model.forward_features(images)
+    assert features.shape[:2] == (2, model.num_features)
+    assert features.min() >= 0
+    pooled = model.forward_head(features, pre_logits=True)
+    assert pooled.shape == (2, model.num_features)
+    assert torch.equal(model.forward_head(features), model(images))
+    assert torch.equal(model.get_classifier()(pooled), model(images))
+
+
+@pytest.mark.parametrize(("name", "options"), SMALL_MODELS)
+def test_copies_formats_and_types_agree(name, options):
+    model = create_model(name, 7, mean=[0.4] * 3, std=[0.2] * 3, **options).eval()
+    images = torch.rand(2, 3, 8, 8)
+    logits = model(images)
+    assert torch.equal(copy.deepcopy(model)(images), logits)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(images), logits)
+    double = copy.deepcopy(model).double()(images.double())
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), logits, rtol=1e-4, atol=1e-4)
+    channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    images_last = images.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(channels_last(images_last), logits, rtol=1e-4, atol=1e-4)
+    features = channels_last.forward_features(images_last)
+    assert features.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("name", "options"), SMALL_MODELS[:1] + SMALL_MODELS[-1:])
+def test_forward_keeps_the_values_that_taps_see(name, options):
+    """Hooks on layers must get what the layer gave, also after the forward pass is over."""
+    model = create_model(name, 7, **options).eval()
+    taps: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def hook_for(name):
+        return lambda module, inputs, output: taps.update({name: (output, output.clone())})
+
+    for key, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            module.register_forward_hook(hook_for(key))
+    model(torch.rand(2, 3, 8, 8))
+    assert taps
+    assert all(torch.equal(output, copied) for output, copied in taps.values())

@@ -1,0 +1,107 @@
+"""Models by name."""
+
+import sys
+
+import pytest
+import torch
+
+from dkl.models import create_model, list_models
+
+
+def test_every_listed_model_can_be_built():
+    names = list_models()
+    assert names == sorted(set(names))
+    assert {"convnet_small", "preact_resnet10", "preact_resnet18", "wrn_34_10"} <= set(names)
+    for name in names:
+        with torch.device("meta"):
+            model = create_model(name, 10, in_channels=1)
+            assert model(torch.empty(2, 1, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(("depth", "width"), [(10, 1), (16, 3), (22, 2), (70, 16)])
+def test_wide_resnets_of_any_depth_and_width(depth, width):
+    with torch.device("meta"):
+        model = create_model(f"wrn_{depth}_{width}", 10)
+    assert len(model.block2.layer) == (depth - 4) // 6
+    assert model.num_features == 64 * width
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wrn_35_10", r"6 n \+ 4.*got 35.*34 and 40"),
+        ("wrn_4_1", "got 4.*10 and 16"),
+        ("wrn_34_0", "width must be a positive integer, got 0"),
+        ("preact_resnet81", "did you mean preact_resnet18"),
+        ("Convnet_Small", "did you mean convnet_small"),
+        ("qqqqqqqq", "there are convnet_small"),
+        ("timm/qqqqqqqq", "unknown model 'timm/qqqqqqqq'"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(ValueError, match=message):
+        create_model(name, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_classes": 0}, "num_classes must be a positive integer, got 0"),
+        ({"num_classes": 10.0}, "num_classes must be a positive integer, got 10.0"),
+        ({"num_classes": True}, "num_classes must be a positive integer, got True"),
+        ({"num_classes": 10, "in_channels": 0}, "in_channels must be a positive integer, got 0"),
+        ({"num_classes": 10, "width": 0}, "width must be a positive integer, got 0"),
+        ({"num_classes": 10, "widht": 8}, "convnet_small has no option widht; it takes width"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        create_model("convnet_small", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dropout": 1.0}, r"probability in \[0, 1\), got 1.0"),
+        ({"depth": 28}, "wrn_16_1 has no option depth; it takes dropout"),
+    ],
+)
+def test_wrong_options_of_wide_resnets(options, message):
+    with pytest.raises(ValueError, match=message):
+        create_model("wrn_16_1", 10, **options)
+
+
+@pytest.mark.parametrize("name", ["resnet26", "timm/resnet26", "vit_tiny_patch16_224"])
+def test_missing_timm_is_named(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match=f"unknown model '{name}'.*pip install timm"):
+        create_model(name, 10)
+
+
+def test_missing_timm_is_not_blamed_for_a_slip(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match="did you mean preact_resnet18") as caught:
+        create_model("preact_resnet_18", 10)
+    assert "install" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "timm/resnet10t"])
+def test_timm_models(name):
+    pytest.importorskip("timm")
+    mean, std = [0.3], [0.6]
+    model = create_model(name, 6, in_channels=1, mean=mean, std=std).eval()
+    plain = create_model(name, 6, in_channels=1).eval()
+    plain.load_state_dict(model.state_dict())
+    images = torch.rand(2, 1, 32, 32)
+    logits = model(images)
+    assert logits.shape == (2, 6)
+    assert (model.num_classes, model.in_chans) == (6, 1)
+    torch.testing.assert_close(logits, plain((images - 0.3) / 0.6))
+
+
+def test_timm_errors_teach():
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match="timm cannot build resnet10t.*widht"):
+        create_model("timm/resnet10t", 6, widht=3)
+    with pytest.raises(ValueError, match="unknown model 'resnet18d_'.*resnet18d"):
+        create_model("resnet18d_", 6)
