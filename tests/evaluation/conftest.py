@@ -70,8 +70,17 @@ def digits(make_problem) -> Problem:
 
 
 @pytest.fixture
-def few_queries(monkeypatch):
-    """Square with few queries, where its strength is not the point."""
+def quick_attacks(monkeypatch):
+    """AutoAttack with few steps and queries, for tests in which its strength is not the point."""
+    import pyautoattack
+
     from dkl.evaluation import auto_attack_phases
 
-    monkeypatch.setattr(auto_attack_phases, "SQUARE_QUERIES", 50)
+    class QuickAutoAttack(pyautoattack.AutoAttack):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            self.apgd.n_iter = self.apgd_targeted.n_iter = 10
+            self.fab.n_iter = 5
+
+    monkeypatch.setattr(pyautoattack, "AutoAttack", QuickAutoAttack)
+    monkeypatch.setattr(auto_attack_phases, "SQUARE_QUERIES", 30)

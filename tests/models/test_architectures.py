@@ -88,6 +88,24 @@ def test_wide_resnet_dropout_acts_in_training_only():
     assert not torch.equal(model(images), model(images))
 
 
+def test_preact_block_by_its_formula():
+    """Shortcuts take the activated input where they convolve and the raw one elsewhere."""
+    stage = create_model("preact_resnet18", 10, width=4).double().eval().layer2
+    for module in stage.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value, low in ((module.running_mean, -1), (module.running_var, 0.5)):
+                value.uniform_(low, 1)
+    inputs = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+
+    def branch(block, inputs):
+        hidden = block.conv1(block.bn1(inputs).clamp(min=0))
+        return block.conv2(block.bn2(hidden).clamp(min=0))
+
+    first, second = stage
+    middle = branch(first, inputs) + first.shortcut[0](first.bn1(inputs).clamp(min=0))
+    torch.testing.assert_close(stage(inputs), branch(second, middle) + middle)
+
+
 def test_preact_resnet_names():
     keys = set(create_model("preact_resnet18", 10, width=4).state_dict())
     blocks = {key.split(".", 2)[2] for key in keys if key.startswith("layer2.0.")}
@@ -103,8 +121,13 @@ def test_preact_resnet_names():
     assert {key.split(".")[1] for key in keys if key.startswith("layer3")} == {"0", "1"}
 
 
+# The field's number for 18 layers; for 10, less the second block (18 c^2 + 4 c) of every stage.
 @pytest.mark.parametrize(
-    ("name", "num_parameters"), [("preact_resnet18", 11_171_146), ("preact_resnet10", 4_898_634)]
+    ("name", "num_parameters"),
+    [
+        ("preact_resnet18", 11_172_170),
+        ("preact_resnet10", 11_172_170 - sum(18 * c**2 + 4 * c for c in (64, 128, 256, 512))),
+    ],
 )
 def test_preact_resnet_sizes(name, num_parameters):
     with torch.device("meta"):

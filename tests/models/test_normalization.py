@@ -77,6 +77,7 @@ def test_torch_compile_traces_the_normalisation():
     images = torch.rand(2, 3, 8, 8)
     compiled = torch.compile(normalizing, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(images), plain(by_hand(images)))
+    torch.testing.assert_close(normalize_images(compiled, images), by_hand(images))
 
 
 def test_models_of_others():

@@ -51,7 +51,7 @@ def test_unknown_names(name, message):
         ({"num_classes": True}, "num_classes must be a positive integer, got True"),
         ({"num_classes": 10, "in_channels": 0}, "in_channels must be a positive integer, got 0"),
         ({"num_classes": 10, "width": 0}, "width must be a positive integer, got 0"),
-        ({"num_classes": 10, "widht": 8}, "convnet_small has no option widht; it takes width"),
+        ({"num_classes": 10, "breadth": 8}, "convnet_small has no option breadth; it takes width"),
     ],
 )
 def test_wrong_arguments(arguments, message):
@@ -101,7 +101,7 @@ def test_timm_models(name):
 
 def test_timm_errors_teach():
     pytest.importorskip("timm")
-    with pytest.raises(ValueError, match="timm cannot build resnet10t.*widht"):
-        create_model("timm/resnet10t", 6, widht=3)
-    with pytest.raises(ValueError, match="unknown model 'resnet18d_'.*resnet18d"):
+    with pytest.raises(ValueError, match=r"timm cannot build resnet10t.*breadth"):
+        create_model("timm/resnet10t", 6, breadth=3)
+    with pytest.raises(ValueError, match=r"unknown model 'resnet18d_'.*resnet18d"):
         create_model("resnet18d_", 6)

@@ -11,7 +11,7 @@ import yaml
 
 from dkl.reports import ResultRow, append_results, settings_hash
 
-DIGITS = tuple("zero one two three four five six seven eight nine".split())
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # name -> final clean accuracy, robustness (AutoAttack), training seconds per epoch, margin level
 RECIPES = {
     "digits_natural": (0.989, 0.0, 0.08, 0.97),

@@ -37,7 +37,7 @@ def basic_augment(
 
     Returns:
         A function of (images [B, C, H, W], draw) that returns new images of the same shape, type
-        and device.
+        and device; with neither padding nor flip, the images themselves.
 
     Raises:
         ValueError: negative padding or unknown mode; when called: images that are not floats of

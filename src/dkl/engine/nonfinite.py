@@ -35,10 +35,10 @@ def report_nonfinite(accelerator: Accelerator, run_dir: Path, trace: StepTrace, 
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path)
     raise NonFiniteLossError(
-        f"{what} not finite at step {trace.step} (epoch {trace.epoch + 1}); the batch of that step is "
-        f"saved in {path}. The last checkpoint is from before it. Try a lower learning rate, warm-up, "
-        f"clip_norm, or mixed_precision='no'; look for NaN in the images, and for a loss that takes "
-        f"the logarithm or a quotient of something that can be zero"
+        f"{what} not finite at step {trace.step} (epoch {trace.epoch + 1}); the batch of that step "
+        f"is saved in {path}. The last checkpoint is from before it. Try a lower learning rate, "
+        f"warm-up, clip_norm, or mixed_precision='no'; look for NaN in the images, and for a loss "
+        f"that takes the logarithm or a quotient of something that can be zero"
     )
 
 

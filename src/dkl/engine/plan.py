@@ -120,5 +120,7 @@ def _cut_step(samples: Tensor, num_chunks: int) -> list[MicroBatchPlan]:
     mask = torch.arange(len(indices)) < len(samples)
     return [
         MicroBatchPlan(*pair)
-        for pair in zip(indices.split(chunk_size), mask.split(chunk_size), strict=True)
+        for pair in zip(
+            torch.split(indices, chunk_size), torch.split(mask, chunk_size), strict=True
+        )
     ]

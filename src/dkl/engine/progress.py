@@ -95,9 +95,9 @@ def describe_epoch(row: Mapping[str, Any], num_epochs: int) -> str:
     """Return one line about an epoch.
 
     Example:
-        >>> row = {"epoch": 0, "images_per_second": 1234.5, "train_loss": 0.51234, "val_accuracy": 0.9}
+        >>> row = {"epoch": 0, "images_per_second": 1234.5, "train_loss": 0.51, "val_accuracy": 0.9}
         >>> describe_epoch(row, 10)
-        'epoch 1/10: train_loss 0.5123, val_accuracy 0.9000, 1,234 images/s'
+        'epoch 1/10: train_loss 0.5100, val_accuracy 0.9000, 1,234 images/s'
     """
     values = [
         f"{name} {value:.4f}"

@@ -151,5 +151,4 @@ def _make_tracker(
     if name == "wandb":
         return WandBTracker("dkl", dir=str(run_dir), config=dict(recipe or {}))
     # Events later than the checkpoint belong to steps that are about to be taken again.
-    purge_step = step + 1 if step > 0 else None
-    return TensorBoardTracker("tensorboard", run_dir, purge_step=purge_step)
+    return TensorBoardTracker("tensorboard", run_dir, purge_step=step + 1)

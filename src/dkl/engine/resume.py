@@ -33,7 +33,7 @@ def describe_run(
         plain = None if recipe is None else json.loads(json.dumps(dict(recipe)))
     except TypeError as error:
         raise ValueError(
-            f"the recipe must hold JSON values only (numbers, strings, lists, dictionaries): {error}"
+            f"the recipe must hold JSON values only (numbers, texts, lists, dictionaries): {error}"
         ) from error
     return {
         "recipe": plain,

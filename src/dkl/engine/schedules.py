@@ -6,8 +6,9 @@ within an epoch. Epsilon and attack schedules map the 0-based epoch.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 Schedule = Callable[[float], float]
 
@@ -26,7 +27,7 @@ def constant(value: float = 1.0) -> Schedule:
         >>> constant()(12.5)
         1.0
     """
-    return lambda progress: value
+    return lambda _: value
 
 
 def cosine(num_epochs: float, *, offset: float = 0.0, final: float = 0.0) -> Schedule:
@@ -75,7 +76,7 @@ def step_decay(milestones: Sequence[float], factor: float = 0.1) -> Schedule:
         [1.0, 0.1, 0.01]
     """
     points = tuple(milestones)
-    if any(later <= earlier for earlier, later in zip(points, points[1:], strict=False)):
+    if any(later <= earlier for earlier, later in pairwise(points)):
         raise ValueError(f"milestones must increase; got {list(points)}")
     return lambda progress: math.pow(factor, sum(progress >= point for point in points))
 
@@ -90,8 +91,8 @@ def one_cycle(
 ) -> Schedule:
     """Return the one-cycle rate with cosine annealing: up to 1, then down.
 
-    It starts at 1 / div, reaches 1 at ``pct_start * num_epochs - unit`` and ends at ``1 / (div *
-    final_div)`` at ``num_epochs - unit``. ``torch.optim.lr_scheduler.OneCycleLR`` counts
+    It starts at 1 / div, reaches 1 at ``pct_start * num_epochs - unit`` and ends at
+    ``1 / (div * final_div)`` at ``num_epochs - unit``. PyTorch's ``OneCycleLR`` counts
     evaluations from 0, so its peak and end come one evaluation early: ``unit=1`` reproduces it
     stepped per epoch, ``unit=1 / steps_per_epoch`` stepped per step.
 
@@ -200,9 +201,9 @@ def attack_steps(
     """
     _require_positive("num_epochs", num_epochs)
     if budget == "low":
-        return lambda epoch: AttackSteps(2, 1.0)
+        return lambda _: AttackSteps(2, 1.0)
     if budget == "high":
-        return lambda epoch: AttackSteps(5, 0.5)
+        return lambda _: AttackSteps(5, 0.5)
     if budget != "high_intended":
         raise ValueError(f"budget must be 'low', 'high' or 'high_intended'; got {budget!r}")
 
@@ -211,6 +212,34 @@ def attack_steps(
         return AttackSteps(num_steps, 2 / num_steps)
 
     return by_quarter
+
+
+def set_rates(
+    groups: Iterable[dict[str, Any]],
+    progress: float,
+    schedule: Schedule,
+    momentum_schedule: Schedule | None = None,
+) -> None:
+    """Set learning rate and momentum of an optimiser's parameter groups.
+
+    Args:
+        groups: with their base learning rate under "initial_lr".
+        progress: in epochs.
+        schedule: factor of the base learning rate.
+        momentum_schedule: momentum, or the first of Adam's betas; None leaves it.
+
+    Example:
+        >>> group = {"initial_lr": 0.2, "lr": 0.2, "betas": (0.9, 0.999)}
+        >>> set_rates([group], 1.0, cosine(2), constant(0.8))
+        >>> round(group["lr"], 6), group["betas"]
+        (0.1, (0.8, 0.999))
+    """
+    for group in groups:
+        group["lr"] = group["initial_lr"] * schedule(progress)
+        if momentum_schedule is not None and "betas" in group:
+            group["betas"] = (momentum_schedule(progress), *group["betas"][1:])
+        elif momentum_schedule is not None:
+            group["momentum"] = momentum_schedule(progress)
 
 
 def _require_positive(name: str, value: float) -> None:

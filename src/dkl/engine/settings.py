@@ -101,8 +101,9 @@ class LoopSettings:
         for name in (*names, "record_every_steps", "validate_every"):
             if getattr(self, name) < 1:
                 yield f"{name} must be at least 1; got {getattr(self, name)}"
-        if self.checkpoint_every_steps is not None and self.checkpoint_every_steps < 1:
-            yield f"checkpoint_every_steps must be at least 1 or None; got {self.checkpoint_every_steps}"
+        every = self.checkpoint_every_steps
+        if every is not None and every < 1:
+            yield f"checkpoint_every_steps must be at least 1 or None; got {every}"
 
     def _unknown_choices(self) -> Iterator[str]:
         choices = {

@@ -107,7 +107,7 @@ def set_up(
     set_seed(settings.seed, device_specific=True)
     device = accelerator.device
     if settings.batch_norm == "sync" and accelerator.num_processes > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     model.to(device=device, dtype=settings.torch_dtype)
     method.to(device=device)
     if settings.dtype == "float64":
@@ -115,7 +115,7 @@ def set_up(
     copy_from_first(accelerator, model)
     copy_from_first(accelerator, method)
     if settings.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     average = WeightAverage(model, weight_average) if weight_average is not None else None
     if settings.compile_model:
         model.compile()

@@ -221,8 +221,8 @@ def load_meta(folder: Path) -> dict[str, Any]:
         raise _damaged(path, "it lists no files")
     if meta.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has checkpoint format {meta.get('format_version')}, this version of the package "
-            f"reads {FORMAT_VERSION}; use the version named under 'versions' in that file"
+            f"{path} has checkpoint format {meta.get('format_version')}, this version of the "
+            f"package reads {FORMAT_VERSION}; use the version named under 'versions' in that file"
         )
     return meta
 
@@ -314,8 +314,8 @@ def _load_training(folder: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{folder / _TRAINING} holds more than tensors and plain numbers and was refused: it may "
-            f"run code when loaded, and was not written by this package"
+            f"{folder / _TRAINING} holds more than tensors and plain numbers and was refused: it "
+            f"may run code when loaded, and was not written by this package"
         ) from error
     except (RuntimeError, EOFError) as error:
         raise _damaged(folder / _TRAINING, str(error)) from error
@@ -332,6 +332,6 @@ def _damaged(path: Path, reason: str) -> CheckpointError:
     )
     advice = f"other checkpoints beside it: {', '.join(others)}" if others else "there is no other"
     return CheckpointError(
-        f"{path} is damaged or incomplete: {reason}. Restore it from a copy or use another checkpoint "
-        f"({advice})"
+        f"{path} is damaged or incomplete: {reason}. Restore it from a copy or use another "
+        f"checkpoint ({advice})"
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dkl.engine.noise import SampleNoise
@@ -22,13 +23,16 @@ class WeightPerturbation(Protocol):
     """A perturbation of the weights during the update, such as AWP.
 
     ``perturbed(model, compute_gradients)`` calls ``compute_gradients`` once, reads the gradients it
-    left in ``.grad``, clears them, and returns a context in which the weights are perturbed. From
-    ``start_epoch`` on it is used; ``step_inside`` says whether the optimiser steps before or after
-    the weights come back.
+    left in ``.grad``, clears them, and returns a context in which the weights are perturbed.
     """
 
-    start_epoch: int
-    step_inside: bool
+    @property
+    def start_epoch(self) -> int:
+        """Return the first 0-based epoch that uses it."""
+
+    @property
+    def step_inside(self) -> bool:
+        """Return whether the optimiser steps at the perturbed weights."""
 
     def perturbed(
         self, model: nn.Module, compute_gradients: Callable[[], None]
@@ -161,7 +165,8 @@ class TrainingStep:
         accelerator = self._training.accelerator
         labels = torch.stack([batch.labels for batch in batches])
         gathered = accelerator.gather(labels).view(accelerator.num_processes, *labels.shape)
-        return gathered.transpose(0, 1).flatten(0, 2)[:num_items]
+        labels_M: Tensor = gathered.transpose(0, 1).flatten(0, 2)[:num_items]
+        return labels_M
 
     def _noise(self, stream: str, step: int, indices: Tensor) -> SampleNoise:
         settings = self._settings
@@ -190,3 +195,17 @@ def add_sums(total: Sums, more: Sums) -> None:
         dtype = torch.float32 if value.device.type == "mps" else torch.float64
         addend = value.detach().to(dtype)
         total[name] = total[name] + addend if name in total else addend
+
+
+def mean_values(accelerator: Accelerator, sums: Sums) -> dict[str, float]:
+    """Return accuracy and the mean of every part over the samples of all processes; collective."""
+    names = sorted(sums)
+    stacked = torch.stack([sums[name] for name in names])
+    values: list[float] = accelerator.reduce(stacked, "sum").tolist()
+    totals = dict(zip(names, values, strict=True))
+    counts = max(totals["counts"], 1.0)
+    means = {"accuracy": totals["correct"] / counts}
+    for name, value in totals.items():
+        if name.startswith("part/"):
+            means[name.removeprefix("part/")] = value / counts
+    return means

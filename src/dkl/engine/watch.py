@@ -42,7 +42,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         yield stop
         return
 
-    def request(number: int, frame: FrameType | None) -> None:
+    def request(number: int, _: FrameType | None) -> None:
         if stop.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.requested = True
@@ -105,7 +105,7 @@ class StepWatch:
             return self.flush()
         on_host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
         on_host.copy_(flags, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         self._pending = (trace, on_host, event)
         return earlier

@@ -92,7 +92,9 @@ class Method(Protocol):
     the last step of an epoch (collectives are allowed), ``consolidate`` before a checkpoint.
     """
 
-    couples_batch: bool
+    @property
+    def couples_batch(self) -> bool:
+        """Whether a sample's loss depends on its micro-batch."""
 
     def prepare(self, model: nn.Module, batch: Batch, context: StepContext) -> Batch:
         """Return the batch with what ``loss`` needs (attack, teacher); no parameter gradients."""

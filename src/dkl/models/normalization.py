@@ -74,6 +74,8 @@ def normalize_images(model: nn.Module, images_NCHW: Tensor) -> Tensor:
         >>> normalize_images(nn.Flatten(), images) is images
         True
     """
+    # A compiled model hides the hooks of the one that it compiled.
+    model = getattr(model, "_orig_mod", model)
     if not _normalizes(model):
         return images_NCHW
     mean_C11, std_C11 = model.get_buffer("input_mean"), model.get_buffer("input_std")

@@ -8,7 +8,7 @@ from dkl.reports.figures import (
     training_curves,
 )
 from dkl.reports.html import render_report, write_report
-from dkl.reports.provenance import provenance, settings_hash
+from dkl.reports.origin import provenance, settings_hash
 from dkl.reports.records import ResultRow, Run, RunError, append_results, read_run
 from dkl.reports.tables import Table, compare
 

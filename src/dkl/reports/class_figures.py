@@ -61,7 +61,7 @@ def class_margin_differences(
             axes.set_xticks([])
         else:
             axes.set_xlabel("class")
-            name_places(axes, [_shorten(name) for name in names])
+            name_places(axes, [_shorten(name) for name in names], width=6.0)
         _draw_bars(axes, [(value, error) for value, error, _ in differences])
         axes.set_ylabel("margin difference (probability)")
     return figure
@@ -108,7 +108,7 @@ def class_table_heat_map(runs: Iterable[Run], *, label: str | None = None) -> "F
         axes.set(xlabel="predicted class", ylabel="class of the images")
         if num_classes <= _MAX_NAMED:
             short = [_shorten(name) for name in names]
-            name_places(axes, short)
+            name_places(axes, short, width=4.4)
             axes.set_yticks(range(num_classes), short)
         if num_classes <= _MAX_NUMBERS:
             _write_numbers(axes, mean_CC)

@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 _PANELS = (
-    ("train_loss", "Training loss", "loss (nats)", 1.0),
+    ("train_loss", "Training loss", "loss", 1.0),
     ("train_accuracy", "Training accuracy, clean images", "accuracy (%)", 100.0),
     ("val_accuracy", "Validation accuracy, clean images", "accuracy (%)", 100.0),
     ("val_robust_accuracy", "Validation accuracy under attack", "accuracy (%)", 100.0),
@@ -38,6 +38,12 @@ def training_curves(runs: Iterable[Run]) -> "Figure | None":
 
     Returns:
         The figure; None where no run has epoch records.
+
+    Example:
+        >>> from pathlib import Path
+        >>> untrained = Run(Path("runs/kd"), {"name": "digits_kd"}, (), (), (), None, ())
+        >>> training_curves([untrained]) is None
+        True
     """
     groups, _ = group_runs(runs)
     panels = [panel for panel in _PANELS if any(_epochs_with(g, panel[0]) for g in groups)]

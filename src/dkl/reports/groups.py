@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from dkl.reports.provenance import NOT_SETTINGS
+from dkl.reports.origin import NOT_SETTINGS
 from dkl.reports.records import ResultRow, Run
 
 _PLACES = ("folder", "download", "num_workers")  # where data lie, not what they are

@@ -1,7 +1,6 @@
 """The report: one HTML file that needs nothing else."""
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dkl.reports.class_figures import class_margin_differences, class_table_heat_map
 from dkl.reports.figures import clean_versus_robust, robustness_curve, training_curves
 from dkl.reports.groups import Group, group_runs
-from dkl.reports.provenance import NOT_SETTINGS
+from dkl.reports.origin import NOT_SETTINGS
 from dkl.reports.records import ResultRow, Run
 from dkl.reports.svg import inline_svg
 from dkl.reports.tables import compare, describe_metric
@@ -114,17 +113,15 @@ def write_report(runs: Iterable[Run], path: Path | str) -> Path:
     file = Path(path)
     text = render_report(list(runs))
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".part")
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        with unfinished.open("w", encoding="utf-8", newline="\n") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        Path(name).chmod(0o644)  # mkstemp makes files that only their owner may read
-        Path(name).replace(file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return file
 
 

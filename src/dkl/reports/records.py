@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dkl.reports.provenance import provenance, settings_hash
+from dkl.reports.origin import provenance, settings_hash
 
 __all__ = ["ResultRow", "Run", "RunError", "append_results", "provenance", "read_run"]
 
@@ -158,6 +158,15 @@ def append_results(path: Path | str, rows: Iterable[ResultRow]) -> None:
     Args:
         path: a results.jsonl; made where it is missing (its folder must exist).
         rows: what to append, in order.
+
+    Example:
+        >>> import tempfile
+        >>> row = ResultRow(run_name="digits_kd", seed=0, metric="clean_accuracy", value=0.98,
+        ...                 num_samples=200, settings_hash="00")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     append_results(Path(folder) / "results.jsonl", [row, row])
+        ...     len((Path(folder) / "results.jsonl").read_text().splitlines())
+        2
     """
     data = "".join(row.to_json() + "\n" for row in rows).encode()
     if not data:

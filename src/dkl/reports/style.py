@@ -100,16 +100,17 @@ def new_figure(height: float, title: str) -> "Figure":
     return figure
 
 
-def name_places(axes: "Axes", names: Sequence[str]) -> None:
-    """Write a name at 0, 1, 2, ... of the x axis, turned where they would run into each other."""
-    room = 6.0 / len(names)  # inches for each name
+def name_places(axes: "Axes", names: Sequence[str], width: float) -> None:
+    """Write names along the x axis, ``width`` inches wide; turned where they would collide."""
+    room = width / len(names)
     widest = 0.085 * max(map(len, names))
     if widest < room:
         axes.set_xticks(range(len(names)), names)
         return
     angle = 40 if room > 0.35 else 90
-    anchor = {"ha": "right", "va": "center", "rotation_mode": "anchor"}
-    axes.set_xticks(range(len(names)), names, rotation=angle, **anchor)
+    axes.set_xticks(
+        range(len(names)), names, rotation=angle, ha="right", va="center", rotation_mode="anchor"
+    )
     figure = axes.figure
     figure.set_figheight(figure.get_figheight() + 0.75 * widest)  # type: ignore[union-attr]
 

@@ -1,0 +1,75 @@
+"""The ``dkl`` command: one thin command per verb; everything is put together here."""
+
+import typer
+
+from dkl.cli.errors import Commands, common_options
+from dkl.cli.recipes import copy_recipe, list_recipes, show_recipe
+from dkl.cli.results import compare, report
+from dkl.cli.training import evaluate, train, tune
+
+
+def _examples(*commands: str) -> str:
+    lines = "\n\n".join(f"[cyan]{command}[/cyan]" for command in commands)
+    return f"[bold]Examples[/bold]\n\n{lines}"
+
+
+app = typer.Typer(
+    name="dkl",
+    cls=Commands,
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.callback(
+    epilog=_examples(
+        "dkl recipes list",
+        "dkl train digits_trades --seeds 0,1,2",
+        "dkl train digits_ikl_at --seeds 0,1,2",
+        "dkl compare runs",
+        "dkl report runs",
+    )
+)(common_options)
+app.command(
+    epilog=_examples(
+        "dkl train digits_ikl_at",
+        "dkl train digits_trades --seeds 0,1,2 method.beta=12",
+        "dkl train digits_ikl_kd method.teacher.run=runs/digits_natural/seed_0",
+        "dkl train my_recipe.yaml method.attack.eps=8/255 --out runs/mine --resume",
+    )
+)(train)
+app.command(
+    epilog=_examples(
+        "dkl evaluate runs/digits_ikl_at/seed_0",
+        "dkl evaluate runs/digits_ikl_at/seed_0 evaluation.num_images=360",
+        "dkl evaluate runs/digits_ikl_at/seed_0 --checkpoint last --json",
+    )
+)(evaluate)
+app.command(
+    epilog=_examples("dkl compare runs", "dkl compare runs/digits_trades runs/digits_ikl_at")
+)(compare)
+app.command(epilog=_examples("dkl report runs", "dkl report runs/digits_* --out digits.html"))(
+    report
+)
+app.command(
+    epilog=_examples(
+        "dkl tune digits_ikl_at --budget 20",
+        "dkl tune digits_trades --budget 20 training.epochs=20 --json",
+    )
+)(tune)
+
+_recipes = typer.Typer(
+    no_args_is_help=True, help="List, show and copy the recipes that come with dkl."
+)
+_recipes.command("list")(list_recipes)
+_recipes.command("show", epilog=_examples("dkl recipes show digits_ikl_at"))(show_recipe)
+_recipes.command("copy", epilog=_examples("dkl recipes copy digits_ikl_at my_recipe.yaml"))(
+    copy_recipe
+)
+app.add_typer(_recipes, name="recipes")
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="dkl")
