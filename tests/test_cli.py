@@ -269,6 +269,12 @@ def test_evaluate_needs_something_that_exists(build):
     assert "does not exist" in plain(run("evaluate", "nowhere", code=2).stderr)
 
 
+def test_evaluate_refuses_what_training_settled(build, tmp_path):
+    result = run("evaluate", tmp_path, "evaluation.eps=0.1", "training.epochs=3", code=2)
+    assert "training.epochs=3" in plain(result.stderr)
+    assert build.calls == []
+
+
 # compare and report
 
 

@@ -27,7 +27,9 @@ def counted(num_samples: int, batch_size: int, world: int, accumulation: int, **
     ]
     steps = []
     for step in range(len(plans[0])):
-        chunks = [plans[r][step][a] for a, r in itertools.product(range(accumulation), range(world))]
+        chunks = [
+            plans[r][step][a] for a, r in itertools.product(range(accumulation), range(world))
+        ]
         sizes = {len(chunk.indices) for chunk in chunks}
         assert len(sizes) == 1, "chunks of a step have one size"
         mask = torch.cat([chunk.mask for chunk in chunks])
@@ -69,7 +71,9 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
         assert torch.equal(other.sort().values, torch.arange(1000))
         assert (other == base).double().mean() < 0.02
     positions = base.argsort()
-    assert torch.corrcoef(torch.stack([positions.double(), torch.arange(1000.0)]))[0, 1].abs() < 0.15
+    assert (
+        torch.corrcoef(torch.stack([positions.double(), torch.arange(1000.0)]))[0, 1].abs() < 0.15
+    )
 
 
 def test_without_shuffle_the_order_is_that_of_the_data() -> None:

@@ -1,5 +1,7 @@
-"""A training run small enough for tests: model, data, methods, and a script for torchrun."""
+"""A training run small enough for tests: model, data, method, and how to compare runs."""
 
+import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -10,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dkl.engine import FitResult, LoopSettings, fit
+from dkl.engine import FitResult, LoopSettings, find_checkpoint, fit, load_checkpoint
+from dkl.engine.recorder import read_rows
 from dkl.methods.protocol import Batch, StepContext, StepOutput
 
 NUM_CLASSES = 3
@@ -144,7 +147,7 @@ def validate(model: nn.Module) -> dict[str, float]:
 
 
 def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.2, momentum=0.9, weight_decay=1e-3)
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3)
 
 
 def tiny_settings(**changes: Any) -> LoopSettings:
@@ -179,3 +182,51 @@ def tiny_fit(
         **{"make_optimizer": sgd, "augment": augment, "validate": validate} | options,
     )
     return result, model
+
+
+class InterruptingData(TinyData):
+    """Sends this process a signal when a certain batch is asked for."""
+
+    def __init__(self, at_batch: int, number: int = signal.SIGTERM, **options: Any) -> None:
+        super().__init__(**options)
+        self.at_batch = at_batch
+        self.number = number
+
+    def batches(
+        self, index_batches: Iterable[Tensor], device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in super().batches(index_batches, device):
+            if len(self.asked) == self.at_batch:
+                os.kill(os.getpid(), self.number)
+            yield batch
+
+
+def same(first: Any, second: Any) -> bool:
+    """Return whether nested containers of tensors and numbers are equal, bit for bit."""
+    if isinstance(first, Tensor):
+        return torch.equal(first, second) and first.dtype == second.dtype
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)
+
+
+def assert_same_run(first_dir: Path, second_dir: Path) -> None:
+    """Assert that two runs ended in the same state and wrote the same records, times aside."""
+    first, second = (load_checkpoint(find_checkpoint(path)) for path in (first_dir, second_dir))
+    assert first.path.name == second.path.name
+    assert same(first.model, second.model)
+    assert same(first.average, second.average)
+    for checkpoint in (first, second):
+        for process in checkpoint.training["processes"]:
+            del process["seconds"]
+    assert same(first.training, second.training)
+    assert first.meta["best"] == second.meta["best"]
+    rows = []
+    for path in (first_dir, second_dir):
+        rows.append(read_rows(path / "records.jsonl"))
+        for row in rows[-1]:
+            row.pop("seconds", None)
+            row.pop("images_per_second", None)
+    assert rows[0] == rows[1]

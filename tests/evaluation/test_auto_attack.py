@@ -284,13 +284,14 @@ def test_autocast_is_off_and_half_logits_become_float(digits):
 
 
 def test_logits_that_share_memory_are_copied():
-    """Square writes into the logits, which for this model are its input."""
-    images = torch.rand(6, 1, 5, 5, generator=torch.Generator().manual_seed(0))
-    labels = images.flatten(1).argmax(1)
-    untouched = images.clone()
-    result = auto_attack(nn.Flatten(), images, labels, eps=0.001)
-    assert torch.equal(images, untouched)
-    assert result.clean_accuracy == 1
+    """Square writes into the logits, which one value stands for in all columns here."""
+
+    class Shared(nn.Module):
+        def forward(self, images):
+            return images.mean((1, 2, 3)).unsqueeze(1).expand(-1, 3)
+
+    result = auto_attack(Shared(), torch.full((3, 1, 5, 5), 0.5), torch.zeros(3).int(), eps=0.1)
+    assert result.robust.all()
 
 
 def test_models_that_cannot_take_an_empty_batch():
@@ -308,30 +309,6 @@ def test_models_that_cannot_take_an_empty_batch():
     # A tie goes to the first class.
     assert result.robust.all()
     assert sizes[-1] == 3
-
-
-def test_randomised_outputs_are_reported(digits, caplog):
-    noisy = Wrapped(digits.model, lambda logits: logits + torch.randn_like(logits))
-    with caplog.at_level(logging.WARNING, logger="dkl"):
-        result = auto_attack(noisy, digits.images[:8], digits.labels[:8], eps=0.05, version="fast")
-    assert any("randomised" in note for note in result.notes)
-    assert any("randomised" in message for message in caplog.messages)
-
-
-def test_probabilities_are_reported(digits):
-    probabilities = Wrapped(digits.model, lambda logits: logits.softmax(1))
-    result = auto_attack(
-        probabilities, digits.images[:8], digits.labels[:8], eps=0.05, version="fast"
-    )
-    assert any("probabilities" in note for note in result.notes)
-
-
-def test_masked_gradients_are_reported(digits):
-    """Saturated logits without gradients: only the query attack finds what is there."""
-    flat = Wrapped(digits.model, lambda logits: logits.detach().round() * 5 + 0 * logits)
-    result = auto_attack(flat, digits.images[:30], digits.labels[:30], eps=0.15)
-    assert any("zero gradients" in note for note in result.notes)
-    assert any("square broke" in note for note in result.notes)
 
 
 def test_progress_counts_up(digits):

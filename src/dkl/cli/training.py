@@ -105,7 +105,12 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a trained model on the test data and add the results to its run."""
-    rows = _measure(path, list(overrides or []), checkpoint, as_json)
+    given = list(overrides or [])
+    settled = [text for text in given if not text.startswith(("evaluation.", "data."))]
+    if settled:
+        message = f"training has settled {', '.join(settled)}; change evaluation.KEY or data.KEY"
+        raise typer.BadParameter(message, param_hint="KEY=VALUE")
+    rows = _measure(path, given, checkpoint, as_json)
     if as_json:
         print_json({"path": str(path), "results": [row_document(row) for row in rows]})
     elif is_main_process():

@@ -36,6 +36,8 @@ class EvaluationSettings(Section):
             ``step_size`` scaled by epsilon / eps.
         batch_size: images attacked at a time.
         validation_attack_steps: PGD steps of the robust validation accuracy; 0 means none.
+        validation_attack: what that attack maximises: "margin" (CW) or "ce" (PGD). The margin is
+            the default because it tracks AutoAttack more closely.
     """
 
     clean: bool = True
@@ -49,6 +51,7 @@ class EvaluationSettings(Section):
     sweep: Epsilons = ()
     batch_size: Count = 256
     validation_attack_steps: CountOrZero = 0
+    validation_attack: Literal["margin", "ce"] = "margin"
 
     def problems(self) -> Iterator[Problem]:  # noqa: D102
         steps = {

@@ -267,4 +267,5 @@ def _cycle(
 
 
 def _anneal(start: float, end: float, position: float) -> float:
-    return end + (start - end) * (1 + math.cos(math.pi * position)) / 2
+    share = (1 + math.cos(math.pi * position)) / 2
+    return start * share + end * (1 - share)

@@ -100,10 +100,10 @@ def save_checkpoint(
             temporary.mkdir()
             _write_files(temporary, model, average, training, meta)
             temporary.replace(final)
-            _sync_folder(root)
         _point(root, "last", name)
         if is_best:
             _point(root, "best", name)
+        _sync(root)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
@@ -243,9 +243,11 @@ def _write_files(
     files = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, **meta, "files": files}
     contents[_META] = (json.dumps(document, indent=2) + "\n").encode()
+    # All is written before anything is synced, so that the disk can take it in one go.
     for name, data in contents.items():
-        _write_synced(folder / name, data)
-    _sync_folder(folder)
+        (folder / name).write_bytes(data)
+    for path in (*(folder / name for name in contents), folder):
+        _sync(path)
 
 
 def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
@@ -257,15 +259,8 @@ def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return safetensors.torch.save(plain)
 
 
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -277,7 +272,6 @@ def _point(root: Path, which: Which, name: str) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(name)
     temporary.replace(root / which)
-    _sync_folder(root)
 
 
 def _remove_old(root: Path, keep_last: int) -> None:

@@ -93,7 +93,7 @@ def judge(
     pixels = adversarial_BCHW.flatten(1)
     sizes_B = perturbation_sizes(adversarial_BCHW, clean_BCHW, threat.norm)
     # Comparisons with NaN are False, so that NaN pixels are not allowed.
-    allowed_B = sizes_B <= 99
+    allowed_B = sizes_B <= threat.eps + TOLERANCE * max(1.0, threat.eps)
     allowed_B &= (pixels.amin(dim=1) >= 0.0) & (pixels.amax(dim=1) <= 1.0)
     fooled_B = (predictions_B != labels_B) | ~finite_B
     return Verdict(

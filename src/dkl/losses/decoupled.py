@@ -25,6 +25,7 @@ from dkl.losses.rows import (
     check_reduction,
     compute_dtype,
     counted_rows,
+    fill_uncounted,
     to_rows,
 )
 
@@ -102,15 +103,17 @@ def class_weights(
     weight_temperature: float,
     gamma: float,
 ) -> Tensor:
-    """Return the weights w [N, C] from their one source, raised to the power gamma."""
+    """Return the weights w [N, C] from their one source, raised to the power gamma.
+
+    Rows that do not count hold one: the power of zero has infinite derivatives.
+    """
     if class_table is not None and labels is not None:
         labels_N = labels.reshape(-1).long()
         labels_N = labels_N if counted is None else labels_N.masked_fill(~counted, 0)
         weights_NC = _table_rows(class_table.to(target_NC.dtype), labels_N)
-        # Also for gradients: the power of a zero weight has an infinite one.
-        weights_NC = weights_NC if counted is None else weights_NC.masked_fill(~counted[:, None], 0)
+        weights_NC = fill_uncounted(weights_NC, counted, 1.0)
     elif class_probs is not None:
-        weights_NC = to_rows(class_probs, target_NC.dtype, counted)
+        weights_NC = to_rows(class_probs, target_NC.dtype, counted, fill=1.0)
     else:  # in log space, so that the power's gradient is finite where a probability underflows
         return (gamma * F.log_softmax(target_NC / weight_temperature, -1)).exp()
     return weights_NC if gamma == 1.0 else weights_NC.pow(gamma)

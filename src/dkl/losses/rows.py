@@ -40,7 +40,8 @@ def check_reduction(reduction: str) -> None:
 
 def check_number(name: str, value: float, *, positive: bool = False) -> None:
     """Raise ValueError unless value is finite and >= 0 (> 0 when ``positive``)."""
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+    # Comparisons alone, because torch.compile with dynamic shapes traces them and not isfinite.
+    if not 0 <= value < math.inf or (positive and value == 0):
         raise ValueError(f"{name} must be finite and {'>' if positive else '>='} 0, got {value}")
 
 
@@ -88,9 +89,15 @@ def counted_rows(
     return (counted if mask is None else counted & mask).reshape(-1)
 
 
-def to_rows(values: Tensor, dtype: torch.dtype, counted: Tensor | None) -> Tensor:
-    """Return [N', C] in ``dtype``, with zeros (and zero gradients) where a row does not count."""
+def to_rows(
+    values: Tensor, dtype: torch.dtype, counted: Tensor | None, fill: float = 0.0
+) -> Tensor:
+    """Return [N', C] in ``dtype``, ``fill`` (and zero gradients) where a row does not count."""
     rows_NC = values if values.ndim == 2 else values.movedim(1, -1).reshape(-1, values.shape[1])
     rows_NC = rows_NC.to(dtype)
-    # Filling before any arithmetic keeps even NaN of uncounted rows out of loss and gradients.
-    return rows_NC if counted is None else rows_NC.masked_fill(~counted[:, None], 0.0)
+    return fill_uncounted(rows_NC, counted, fill)
+
+
+def fill_uncounted(rows_NC: Tensor, counted: Tensor | None, fill: float) -> Tensor:
+    """Fill rows that do not count, before any arithmetic sees what they hold, even NaN."""
+    return rows_NC if counted is None else rows_NC.masked_fill(~counted[:, None], fill)
