@@ -82,6 +82,7 @@ def main() -> None:
     for _ in range(num_kills):
         num_killed += kill_once(killed, told, epochs)
         check(killed, told)
+    os.fsync = lambda descriptor: None
     train(killed, told, epochs)
     train(folder / "straight", folder / "told_straight", epochs)
     assert_same_run(folder / "straight", killed)

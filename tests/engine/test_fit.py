@@ -138,6 +138,28 @@ def test_drawn_noise_reaches_prepare_loss_and_augment_apart(tmp_path: Path) -> N
     assert len(values.unique()) == values.numel()
 
 
+def test_noise_is_fresh_at_every_step_and_the_same_in_every_run(tmp_path: Path) -> None:
+    def run(name: str) -> dict[str, list[torch.Tensor]]:
+        drawn: dict[str, list[torch.Tensor]] = {"augment": [], "prepare": []}
+
+        class Drawing(TinyMethod):
+            def prepare(self, model, batch, context):
+                drawn["prepare"].append(context.draw(1).flatten())
+                return super().prepare(model, batch, context)
+
+        def augment(images, draw):
+            drawn["augment"].append(draw(1).flatten())
+            return images
+
+        tiny_fit(tmp_path / name, method=Drawing(), augment=augment)
+        return drawn
+
+    first, second = run("first"), run("second")
+    for name, values in first.items():
+        assert torch.equal(torch.cat(values), torch.cat(second[name]))
+        assert len(torch.cat(values).unique()) == 2 * 22
+
+
 def test_method_is_prepared_once_and_told_the_truth(tmp_path: Path) -> None:
     contexts = []
 
@@ -336,7 +358,24 @@ def test_bf16_trains_in_float32_weights(tmp_path: Path) -> None:
     assert dtypes == {torch.bfloat16, torch.float64}
 
 
-def test_channels_last_and_compile(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_compiled_model_trains_the_same_and_is_given_back(tmp_path: Path) -> None:
+    compiled = tiny_model()
+    ours = trained(
+        tmp_path,
+        "compiled",
+        model=compiled,
+        settings=tiny_settings(compile_model=True),
+        weight_average=AverageSettings(decay=0.9),
+        weight_perturbation=TinyPerturbation(),
+    )
+    plain = trained(tmp_path, "plain", weight_perturbation=TinyPerturbation())
+    assert relative_difference(ours, plain) < 1e-6
+    assert compiled._compiled_call_impl is None
+    assert load_weights(tmp_path / "compiled", "last").keys() == compiled.state_dict().keys()
+
+
+def test_channels_last(tmp_path: Path) -> None:
     formats = []
 
     class Looking(TinyMethod):

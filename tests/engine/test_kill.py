@@ -11,7 +11,7 @@ HARNESS = Path(__file__).with_name("kill_harness.py")
 
 
 @pytest.mark.parametrize(
-    ("num_kills", "epochs"), [(4, 30), pytest.param(20, 120, marks=pytest.mark.slow)]
+    ("num_kills", "epochs"), [(4, 15), pytest.param(20, 120, marks=pytest.mark.slow)]
 )
 def test_killed_runs_go_on(tmp_path: Path, num_kills: int, epochs: int) -> None:
     command = [sys.executable, str(HARNESS), str(tmp_path), str(num_kills), str(epochs), "0"]

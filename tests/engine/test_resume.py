@@ -163,6 +163,25 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
         run(tmp_path)
 
 
+def test_run_that_lost_its_links(tmp_path: Path) -> None:
+    run(tmp_path, data=InterruptingData(2))
+    (tmp_path / "checkpoints" / "last").unlink()
+    for resume in (False, True):
+        with pytest.raises(ResumeError, match=r"link .*last to step_00000002_epoch_00000"):
+            run(tmp_path, resume=resume)
+
+
+def test_start_that_was_killed_before_its_first_link(tmp_path: Path) -> None:
+    run(tmp_path / "straight")
+    first = tmp_path / "killed" / "checkpoints" / "step_00000000_epoch_00000"
+    first.mkdir(parents=True)
+    (first / "meta.json").write_text(
+        '{"format": "dkl-checkpoint", "format_version": 1, "files": {}, "step": 0}'
+    )
+    run(tmp_path / "killed")
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
 def test_other_recipe_is_refused_by_key(tmp_path: Path) -> None:
     recipe = {"name": "tiny", "optimizer": {"lr": 0.1, "kind": "sgd"}, "steps": (1, 2)}
     run(tmp_path, data=InterruptingData(2), recipe=recipe)

@@ -84,6 +84,14 @@ def test_keep_last(tmp_path: Path) -> None:
     assert names(tmp_path) == {"step_00000003", "step_00000004", "step_00000005", "last"}
 
 
+def test_saving_a_linked_checkpoint_again_leaves_it(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    before = (path / "model.safetensors").stat()
+    assert save(tmp_path, 1, is_best=True) == path
+    assert (path / "model.safetensors").stat().st_ino == before.st_ino
+    assert find_checkpoint(tmp_path, "best") == path.resolve()
+
+
 def test_which_weights(tmp_path: Path) -> None:
     save(tmp_path, 1, is_best=True)
     path = save(tmp_path, 2)
@@ -103,7 +111,7 @@ def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="use 'last'"):
         load_weights(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"no meta.json"):
+    with pytest.raises(CheckpointError, match=r"no meta\.json"):
         load_checkpoint(tmp_path / "empty")
 
 
@@ -163,7 +171,7 @@ def test_pickle_bomb_is_refused(tmp_path: Path, in_torch_file: bool) -> None:
         torch.save(bomb, path / "training_state.pt")
         data = (path / "training_state.pt").read_bytes()
     else:
-        data = pickle.dumps(bomb)
+        data = pickle.dumps(bomb, protocol=2)
     replace_file(path, "training_state.pt", data)
     with pytest.raises(CheckpointError, match=r"training_state\.pt.*was refused"):
         load_checkpoint(path)

@@ -283,6 +283,7 @@ def test_autocast_is_off_and_half_logits_become_float(digits):
     assert result.robust.shape == (10,)
 
 
+@pytest.mark.filterwarnings("error")
 def test_logits_that_share_memory_are_copied():
     """Square writes into the logits, which one value stands for in all columns here."""
 

@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from tests.reference import decoupled_kl_reference, max_relative_error, value_and_gradients
 from torch import Tensor
 
 from dkl.losses import decoupled_kl_loss, ikl_loss
-from tests.reference import decoupled_kl_reference, max_relative_error, value_and_gradients
 
 SHAPES = [
     (1, 1), (5, 1), (1, 2), (4, 2), (7, 10), (3, 33), (2, 1271), (0, 10), (0, 1), (3, 5, 6),
     (2, 5, 3, 4), (2, 1, 2, 2), (2, 4, 0, 3),
 ]  # fmt: skip
+SMALL_SHAPES = [shape for shape in SHAPES if shape[1] < 1000]
 SOURCES = ["sample", "class_probs", "class_table"]
 CROSSED = list(
     itertools.product(
@@ -85,7 +86,7 @@ def test_options_crossed(
 ) -> None:
     key = (source, normalization, reduction, break_asymmetry, detach_weights)
     chosen = random.Random(CROSSED.index(key))
-    for shape in SHAPES:
+    for shape in SMALL_SHAPES:
         case = random_case(shape, source, seed=chosen.randrange(1000))
         options: dict[str, Any] = {
             "normalization": normalization,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.reference import value_and_gradients
 from torch import Tensor
 
 from dkl.losses import (
@@ -18,7 +19,6 @@ from dkl.losses import (
     kl_loss,
     sequence_loss,
 )
-from tests.reference import value_and_gradients
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "ikl": ikl_loss,

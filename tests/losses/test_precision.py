@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.reference import decoupled_kl_reference, max_relative_error, value_and_gradients
 from torch import Tensor
 
 from dkl.losses import decoupled_kl_loss, dkl_loss, gkl_loss, ikl_loss
-from tests.reference import decoupled_kl_reference, max_relative_error, value_and_gradients
 
 # What the arithmetic loses: float32 inside for half inputs, whose gradients are rounded at the end.
 LOSS_TOLERANCE = {
@@ -31,6 +31,7 @@ CONFIGURATIONS: dict[str, Callable[..., Tensor]] = {
     "ikl-kd": partial(ikl_loss, mse_weight=8, temperature=4, weight_temperature=100),
     "gkl": partial(gkl_loss, gamma=0.3, mse_weight=12, ce_weight=5),
     "undetached": partial(ikl_loss, detach_weights=False),
+    "undetached-gkl": partial(gkl_loss, gamma=0.4, detach_weights=False),
 }
 EACH = pytest.mark.parametrize("loss", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
 

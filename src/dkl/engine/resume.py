@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from dkl.engine.settings import LoopSettings
-from dkl.engine.state import Checkpoint, find_checkpoint, has_checkpoint, load_checkpoint
+from dkl.engine.state import (
+    Checkpoint,
+    find_checkpoint,
+    has_checkpoint,
+    load_checkpoint,
+    load_meta,
+    unlinked_checkpoints,
+)
 
 _PACKAGES = ("dkl", "torch", "accelerate", "safetensors", "numpy")
 
@@ -57,10 +64,19 @@ def find_start(run_dir: Path, description: Mapping[str, Any], *, resume: bool) -
             or there is a run and ``resume`` is False.
         CheckpointError: if the checkpoint cannot be trusted.
     """
+    unlinked = unlinked_checkpoints(run_dir)
+    # A start that was killed may have left its very first checkpoint without a link.
+    if unlinked and load_meta(unlinked[-1])["step"] > 0:
+        raise ResumeError(
+            f"{run_dir} holds checkpoints but no link 'last' (copied without symbolic links?): "
+            f"link {unlinked[-1].parent / 'last'} to {unlinked[-1].name} and resume, or choose "
+            "another folder"
+        )
     exists = has_checkpoint(run_dir)
     if exists and not resume:
         raise ResumeError(
-            f"{run_dir} already holds a run: resume it (--resume), or choose another folder"
+            f"{run_dir} already holds a run: resume it (--resume, resume=True), or choose another "
+            "folder"
         )
     if resume and not exists:
         raise ResumeError(f"{run_dir} holds no checkpoint to resume from: start without --resume")

@@ -68,7 +68,6 @@ class TrainingRun:
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None
         self.last_trace: StepTrace | None = None
-        self.checkpoint = run_dir
 
     @property
     def step(self) -> int:
@@ -104,7 +103,6 @@ class TrainingRun:
         self.epoch = start.meta["epoch"]
         self.step_in_epoch = start.meta["step_in_epoch"]
         self.best = start.meta["best"]
-        self.checkpoint = start.path
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             clean_checkpoints(self.run_dir, start)
@@ -150,13 +148,12 @@ class TrainingRun:
                     f"the training data gave {number} batches where {len(plans)} were asked for; "
                     f"batches() must yield one for every index batch"
                 )
-            step = self.step
             yield make_batch(
                 micro,
                 *loaded,
                 settings=self.settings,
                 augment=self.hooks.augment,
-                step=step,
+                step=self.step,
                 device=self.training.device,
             )
 
@@ -270,7 +267,7 @@ class TrainingRun:
         failure: str | None = None
         if self.accelerator.is_main_process:
             try:
-                self.checkpoint = save_checkpoint(
+                save_checkpoint(
                     self.run_dir,
                     self._checkpoint_name(),
                     model=training.model.state_dict(),

@@ -95,8 +95,9 @@ def save_checkpoint(
     final = root / name
     try:
         root.mkdir(parents=True, exist_ok=True)
-        if not final.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
+        if final.resolve() not in _pointed(root):
+            for leftover in (temporary, final):
+                shutil.rmtree(leftover, ignore_errors=True)
             temporary.mkdir()
             _write_files(temporary, model, average, training, meta)
             temporary.replace(final)
@@ -153,6 +154,13 @@ def find_checkpoint(run_dir: Path | str, which: Which = "last") -> Path:
 def has_checkpoint(run_dir: Path | str) -> bool:
     """Return whether a run has written a checkpoint."""
     return (Path(run_dir) / _CHECKPOINTS / "last").is_dir()
+
+
+def unlinked_checkpoints(run_dir: Path | str) -> list[Path]:
+    """Return checkpoints of a run that has lost its links, in the order of training."""
+    if has_checkpoint(run_dir):
+        return []
+    return sorted(path.parent for path in (Path(run_dir) / _CHECKPOINTS).glob(f"step_*/{_META}"))
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
@@ -274,9 +282,13 @@ def _point(root: Path, which: Which, name: str) -> None:
     temporary.replace(root / which)
 
 
+def _pointed(root: Path) -> set[Path]:
+    return {(root / which).resolve() for which in ("last", "best")}
+
+
 def _remove_old(root: Path, keep_last: int) -> None:
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.is_symlink())
-    pointed = {(root / which).resolve() for which in ("last", "best")}
+    pointed = _pointed(root)
     for folder in folders[:-keep_last]:
         if folder.resolve() not in pointed:
             shutil.rmtree(folder, ignore_errors=True)

@@ -34,10 +34,17 @@ def sequence_loss(loss: Callable[..., Any]) -> Callable[..., Any]:
     def on_sequences(
         input: Tensor, target: Tensor, class_probs: Tensor | None = None, **options: Any
     ) -> Any:
-        logits = [value for value in (input, target, class_probs) if value is not None]
-        for value in logits:
-            if value.ndim != 3:
-                raise ValueError(f"sequence_loss needs [B, T, C], got {list(value.shape)}")
-        return loss(*(value.movedim(-1, 1) for value in logits), **options)
+        if class_probs is not None:
+            options["class_probs"] = _classes_second("class_probs", class_probs)
+        return loss(_classes_second("input", input), _classes_second("target", target), **options)
 
     return on_sequences
+
+
+def _classes_second(name: str, values_BTC: Tensor) -> Tensor:
+    if values_BTC.ndim != 3:
+        raise ValueError(
+            f"sequence_loss needs [B, T, C] logits and class_probs, got {name} of shape "
+            f"{list(values_BTC.shape)}; losses take [N, C] and maps [N, C, d1, ...] directly"
+        )
+    return values_BTC.movedim(-1, 1)
