@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+
 from tests.distributed.class_statistics_worker import collect, resume
 
 WORKER = Path(__file__).with_name("class_statistics_worker.py")

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.reference import decoupled_kl_reference, max_relative_error, value_and_gradients
 from torch import Tensor
 
 from dkl.losses import decoupled_kl_loss, ikl_loss
+from tests.reference import decoupled_kl_reference, max_relative_error, value_and_gradients
 
 SHAPES = [
     (1, 1), (5, 1), (1, 2), (4, 2), (7, 10), (3, 33), (2, 1271), (0, 10), (0, 1), (3, 5, 6),

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.reference import value_and_gradients
 from torch import Tensor
 
 from dkl.losses import (
@@ -19,6 +18,7 @@ from dkl.losses import (
     kl_loss,
     sequence_loss,
 )
+from tests.reference import value_and_gradients
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "ikl": ikl_loss,

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.reference import max_relative_error, value_and_gradients
 from torch import Tensor
 
 from dkl.losses import jsd_loss, kl_loss, reverse_kl_loss
+from tests.reference import max_relative_error, value_and_gradients
 
 Loss = Callable[..., Tensor]
 SHAPES = [(1, 1), (4, 2), (7, 10), (3, 1271), (2, 5, 3, 2), (3, 4, 6), (0, 5), (2, 3, 0, 4)]

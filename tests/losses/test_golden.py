@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.reference import decoupled_kl_reference, max_relative_error, value_and_gradients
 from torch import Tensor
 
 from dkl.losses import decoupled_kl_loss, from_authors, gkl_loss, ikl_loss, kl_loss
+from tests.reference import decoupled_kl_reference, max_relative_error, value_and_gradients
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "losses.json").read_text())

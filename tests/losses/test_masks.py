@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.reference import value_and_gradients
 from torch import Tensor
 
 from dkl.losses import dkl_loss, gkl_loss, ikl_loss
+from tests.reference import value_and_gradients
 
 LOSSES: dict[str, Any] = {"dkl": dkl_loss, "ikl": ikl_loss, "gkl": gkl_loss}
 BAD = [float("nan"), float("inf"), -float("inf")]

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.reference import decoupled_kl_reference, max_relative_error, value_and_gradients
 from torch import Tensor
 
 from dkl.losses import decoupled_kl_loss, dkl_loss, gkl_loss, ikl_loss
+from tests.reference import decoupled_kl_reference, max_relative_error, value_and_gradients
 
 # What the arithmetic loses: float32 inside for half inputs, whose gradients are rounded at the end.
 LOSS_TOLERANCE = {

@@ -5,10 +5,10 @@ from functools import partial
 
 import pytest
 import torch
-from tests.reference import value_and_gradients
 from torch import Tensor
 
 from dkl.losses import dkl_loss, gkl_loss, ikl_loss, jsd_loss, kl_loss, reverse_kl_loss
+from tests.reference import value_and_gradients
 
 Loss = Callable[..., Tensor]
 WEIGHTS = torch.rand(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(5))

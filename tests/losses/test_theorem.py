@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.reference import max_relative_error, value_and_gradients
 from torch import Tensor
 
 from dkl.losses import dkl_loss, gkl_loss, ikl_loss, kl_loss, reverse_kl_loss
+from tests.reference import max_relative_error, value_and_gradients
 
 SHAPES = [(1, 1), (1, 2), (5, 2), (7, 10), (16, 100), (3, 257), (2, 1271), (2, 5, 3, 4), (3, 4, 6)]
 TEMPERATURES = [1.0, 0.5, 2.0, 4.0, 30.0]

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.reference import decoupled_kl_reference, value_and_gradients
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacrev, vmap
@@ -21,6 +20,7 @@ from dkl.losses import (
     kl_loss,
     reverse_kl_loss,
 )
+from tests.reference import decoupled_kl_reference, value_and_gradients
 
 TABLE = torch.rand(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + 0.1
 LABELS = torch.tensor([4, -100, 0, 1])

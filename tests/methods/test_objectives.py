@@ -69,9 +69,7 @@ def test_pgd_at_is_cross_entropy_of_its_images(model):
 def test_trades_is_clean_ce_plus_beta_kl(model):
     output, prepared = step(ADVERSARIAL["trades"](), model, make_batch())
     clean, adversarial = model(prepared.images), model(prepared.extras["adversarial"])
-    divergence = F.kl_div(
-        F.log_softmax(adversarial, 1), F.softmax(clean, 1), reduction="batchmean"
-    )
+    divergence = F.kl_div(F.log_softmax(adversarial, 1), F.softmax(clean, 1), reduction="batchmean")
     expected = F.cross_entropy(clean, prepared.labels) + 3.0 * divergence
     torch.testing.assert_close(output.loss, expected)
     ours = torch.autograd.grad(output.loss, list(model.parameters()))
@@ -167,10 +165,8 @@ def test_parts_of_a_step_add_up_to_the_whole(model, teacher, name):
             )
         context = make_context(part, whole=whole)
         loss = method.loss(model, method.prepare(model, part, context), context).loss
-        for sum_, gradient in zip(
-            total, torch.autograd.grad(loss, list(model.parameters())), strict=True
-        ):
-            sum_ += gradient
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        total = [a + b for a, b in zip(total, gradients, strict=True)]
     for a, b in zip(total, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
