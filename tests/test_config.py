@@ -234,7 +234,7 @@ def test_wrong_values_get_a_message_that_helps(overrides, key, message):
         (["data.test_limit=100"], "evaluation.num_images"),
         (["data.folder=x"], "data.folder"),
         (["data.download=true"], "data.download"),
-        (["data.augment.padding=0"], "data.augment.padding"),
+        (["data.augment.padding=0", "data.augment.flip=false"], "data.augment.padding"),
         (["evaluation.pgd_steps=[]"], "evaluation.sweep"),
         (["evaluation.step_size=null"], "evaluation.step_size"),
         (["evaluation.eps=8"], "evaluation.eps"),

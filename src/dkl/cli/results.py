@@ -34,18 +34,24 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="The file to write, instead of report.html by the runs.")
     ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Save the figures as PNG files there too.")
+    ] = None,
 ) -> None:
     """Write one self-contained HTML file with tables and figures."""
     folders = find_runs(runs)
-    from dkl.reports import read_run, write_report
+    from dkl.reports import read_run, save_figures, write_report
 
     if out is None:
         parents = [folder.resolve().parent for folder in folders]
         beside = folders[0] if len(folders) == 1 else Path(os.path.commonpath(parents))
         out = beside / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_report([read_run(folder) for folder in folders], out)
+    loaded = [read_run(folder) for folder in folders]
+    write_report(loaded, out)
     typer.echo(str(out))
+    for file in save_figures(loaded, figures) if figures is not None else []:
+        typer.echo(str(file))
 
 
 def find_runs(patterns: Sequence[str]) -> list[Path]:

@@ -73,7 +73,9 @@ def train(
         folder = base if out is not None and seeds is None else base / f"seed_{one.seed}"
         place = f" ({len(documents) + 1} of {len(recipes)})" if len(recipes) > 1 else ""
         say(f"Training {one.name}, seed {one.seed}{place}, in {folder}")
-        documents.append(_train_one(one, folder, resume=resume, measure=measure, as_json=as_json))
+        # Seeds are trained in order: those after the one that was stopped have yet to start.
+        goes_on = resume and (not documents or (folder / "recipe.yaml").is_file())
+        documents.append(_train_one(one, folder, resume=goes_on, measure=measure, as_json=as_json))
         if documents[-1]["stopped_early"]:
             options = {"--out": out, "--seed": seed, "--seeds": seeds}
             words = [word for pair in options.items() if pair[1] is not None for word in pair]

@@ -34,6 +34,7 @@ class DataSettings(Section):
         folder: where the files are; null looks in the usual places.
         download: fetch the files if they are not there.
         validation_fraction: share of the training data held out to choose the best checkpoint.
+        train_limit: train on the first so many images that are not held out; null means all.
         test_limit: evaluate on this many test images only; null means all.
         augment: augmentation of training images; null means none.
     """
@@ -42,6 +43,7 @@ class DataSettings(Section):
     folder: str | None = None
     download: bool = False
     validation_fraction: Annotated[Number, Field(ge=0, le=0.5)] = 0.1
+    train_limit: Count | None = None
     test_limit: Count | None = None
     augment: AugmentSettings | None = None
 

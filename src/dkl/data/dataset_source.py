@@ -20,6 +20,7 @@ class DatasetSource:
         dataset: has a length; gives (image, label) with an image tensor [C, H, W], uint8 or floats
             in [0, 1], and an integer label.
         num_workers: processes that read samples; 0 reads in this one.
+        num_classes: labels from 0 to this - 1 are allowed; None does not check them.
 
     Raises:
         ValueError: the dataset or its first sample is something else.
@@ -33,7 +34,9 @@ class DatasetSource:
         (2, 1, 8, 8) tensor([1, 0])
     """
 
-    def __init__(self, dataset: Dataset[Any], num_workers: int = 0) -> None:
+    def __init__(
+        self, dataset: Dataset[Any], num_workers: int = 0, *, num_classes: int | None = None
+    ) -> None:
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise ValueError(
                 f"the dataset must be map-style, with a length and samples by index; got "
@@ -49,6 +52,7 @@ class DatasetSource:
         _check_sample(dataset[0])
         self._dataset = dataset
         self._num_workers = num_workers
+        self._num_classes = num_classes
 
     def __len__(self) -> int:
         return self._length
@@ -64,6 +68,9 @@ class DatasetSource:
 
         Yields:
             images [B, C, H, W] as the dataset gives them and labels [B] int64, on the device.
+
+        Raises:
+            ValueError: a label is out of range.
         """
         loader: DataLoader[Any] = DataLoader(
             self._dataset,
@@ -71,7 +78,17 @@ class DatasetSource:
             num_workers=self._num_workers,
         )
         for images, labels in loader:
+            self._check_labels(labels)
             yield images.to(device), labels.to(device=device, dtype=torch.int64)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        highest = None if self._num_classes is None else self._num_classes - 1
+        if highest is not None and not 0 <= int(labels.min()) <= int(labels.max()) <= highest:
+            raise ValueError(
+                f"labels must be in [0, {self._num_classes}), one logit of the model for each; the "
+                f"dataset gave {int(labels.min())} to {int(labels.max())}. Renumber them from 0, "
+                f"or give the model more classes."
+            )
 
 
 def _check_sample(sample: Any) -> None:

@@ -232,7 +232,7 @@ class TrainingRun:
         self.training.model.train()
         values = {name: float(value) for name, value in values.items()}
         values = dict(from_first(self.accelerator, values))
-        if self.settings.best_metric not in values:
+        if self.settings.best_metric not in (None, *values):
             raise ValueError(
                 f"best_metric is {self.settings.best_metric!r}, but validation returned "
                 f"{sorted(values)}; choose one of them"
@@ -240,9 +240,9 @@ class TrainingRun:
         return values
 
     def _update_best(self, values: Mapping[str, float]) -> bool:
-        if not values:
-            return False
         metric, mode = self.settings.best_metric, self.settings.best_mode
+        if not values or metric is None:
+            return False
         value, sign = values[metric], 1 if mode == "max" else -1
         if math.isnan(value) or (self.best and sign * value <= sign * self.best["value"]):
             return False

@@ -50,7 +50,7 @@ class LoopSettings:
         keep_last: number of latest checkpoints kept, at least 1, beside the best.
         record_every_steps: steps between rows in the records.
         validate_every: epochs between validations; the last epoch is always validated.
-        best_metric: which value of ``validate`` chooses the best checkpoint.
+        best_metric: which value of ``validate`` chooses the best checkpoint; None keeps no best.
         best_mode: whether "max" or "min" of it is best.
         trackers: "tensorboard" and "wandb", in addition to the JSONL records.
 
@@ -81,7 +81,7 @@ class LoopSettings:
     keep_last: int = 1
     record_every_steps: int = 50
     validate_every: int = 1
-    best_metric: str = "val_accuracy"
+    best_metric: str | None = "val_accuracy"
     best_mode: Literal["max", "min"] = "max"
     trackers: tuple[str, ...] = ("tensorboard",)
 
@@ -137,7 +137,7 @@ class FitResult:
         run_dir: folder of the run.
         last_checkpoint: folder of the latest checkpoint.
         best_checkpoint: folder of the best one; None without validation.
-        best_metric: name of the value that chose it.
+        best_metric: name of the value that chose it; None if nothing was to choose one.
         best_value: that value; None without validation.
         epochs_done: completed epochs.
         steps_done: completed optimiser steps.
@@ -147,7 +147,7 @@ class FitResult:
     run_dir: Path
     last_checkpoint: Path
     best_checkpoint: Path | None
-    best_metric: str
+    best_metric: str | None
     best_value: float | None
     epochs_done: int
     steps_done: int

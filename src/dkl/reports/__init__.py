@@ -7,7 +7,7 @@ from dkl.reports.figures import (
     robustness_curve,
     training_curves,
 )
-from dkl.reports.html import render_report, write_report
+from dkl.reports.html import render_report, save_figures, write_report
 from dkl.reports.origin import provenance, settings_hash
 from dkl.reports.records import ResultRow, Run, RunError, append_results, read_run
 from dkl.reports.tables import Table, compare
@@ -26,6 +26,7 @@ __all__ = [
     "read_run",
     "render_report",
     "robustness_curve",
+    "save_figures",
     "settings_hash",
     "training_curves",
     "write_report",

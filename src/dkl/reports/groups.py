@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from dkl.reports.origin import NOT_SETTINGS
+from dkl.reports.origin import NOT_SETTINGS, PLACES
 from dkl.reports.records import ResultRow, Run
 
 _PLACES = ("folder", "download", "num_workers")  # where data lie, not what they are
@@ -174,7 +174,9 @@ def _differing_keys(flat: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     keys = [
         key
         for key in everything
-        if key not in NOT_SETTINGS and len({_show(settings.get(key)) for settings in flat}) > 1
+        if key.partition(".")[0] not in NOT_SETTINGS
+        and key not in PLACES
+        and len({_show(settings.get(key)) for settings in flat}) > 1
     ]
     last = [key.rpartition(".")[2] for key in keys]
     return {

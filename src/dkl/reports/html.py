@@ -125,6 +125,28 @@ def write_report(runs: Iterable[Run], path: Path | str) -> Path:
     return file
 
 
+def save_figures(runs: Sequence[Run], folder: Path | str) -> list[Path]:
+    """Save the report's figures as PNG files, for papers and slides.
+
+    Args:
+        runs: at least one run.
+        folder: where to write; it is made.
+
+    Returns:
+        One path per figure that there is data for.
+    """
+    directory = Path(folder)
+    directory.mkdir(parents=True, exist_ok=True)
+    drawn = ((plan.name, plan.draw(runs)) for plan in _PLANS)
+    files = []
+    for name, figure in (*drawn, ("class-table", class_table_heat_map(runs))):
+        if figure is not None:
+            file = directory / f"{name}.png"
+            figure.savefig(file, dpi=160)
+            files.append(file)
+    return files
+
+
 def render_report(runs: Sequence[Run]) -> str:
     """Return the report's HTML text; see ``write_report``."""
     from jinja2 import Environment, PackageLoader, StrictUndefined

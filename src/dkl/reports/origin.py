@@ -13,13 +13,16 @@ from typing import Any
 
 _REQUIRED = ("dkl", "torch")
 _OPTIONAL = ("torchvision", "accelerate", "pyautoattack")
-NOT_SETTINGS = ("seed", "seeds", "out")
+NOT_SETTINGS = ("seed", "seeds", "out", "description", "tuning", "trackers")
+# Where things lie, not what they are: another path to the same data or teacher changes no result.
+PLACES = ("data.folder", "data.download", "method.teacher.run")
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the settings as canonical JSON, without seed and output folder.
+    """Return the SHA-256 of what decides a result, as canonical JSON.
 
-    Two runs that differ in their seed alone have the same hash.
+    Seed, paths, description, trackers and search ranges are left out: runs that differ in these
+    alone have the same hash.
 
     Args:
         settings: a resolved recipe; JSON types only, keys are strings.
@@ -37,7 +40,9 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
         >>> first == settings_hash({"name": "digits_kd", "epochs": 41})
         False
     """
-    kept = {key: value for key, value in settings.items() if key not in NOT_SETTINGS}
+    kept = _without_places(
+        {key: value for key, value in settings.items() if key not in NOT_SETTINGS}
+    )
     try:
         canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -46,6 +51,14 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
             f"booleans, null), but {error}; convert paths, dates and enums to strings first"
         ) from error
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _without_places(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    return {
+        key: _without_places(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in settings.items()
+        if f"{prefix}{key}" not in PLACES
+    }
 
 
 def provenance(settings: Mapping[str, Any], *, device: str | None = None) -> dict[str, Any]:
