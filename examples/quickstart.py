@@ -20,7 +20,7 @@ STUDENTS = ("digits_kd", "digits_ikl_kd")
 RECIPES = ("digits_natural", "digits_trades", "digits_ikl_at", *STUDENTS)
 
 
-def run_job(recipe: str, seed: int, out: str, num_images: int, states: Any) -> str:
+def run_job(job: tuple[str, int], options: argparse.Namespace, states: Any) -> str:
     """Train and evaluate one recipe with one seed, in a worker process; return what came out."""
     import torch
 
@@ -28,12 +28,13 @@ def run_job(recipe: str, seed: int, out: str, num_images: int, states: Any) -> s
     from dkl.config import load_recipe
 
     torch.set_num_threads(1)
-    name, run = f"{recipe} seed {seed}", Path(out) / recipe / f"seed_{seed}"
-    overrides = [f"seed={seed}"]
+    recipe, seed = job
+    name, run = f"{recipe} seed {seed}", options.out / recipe / f"seed_{seed}"
+    overrides = [f"seed={seed}", *options.settings]
     if recipe in STUDENTS:
-        overrides.append(f"method.teacher.run={out}/digits_natural/seed_{seed}")
+        overrides.append(f"method.teacher.run={options.out}/digits_natural/seed_{seed}")
     else:
-        overrides.append(f"evaluation.num_images={num_images}")
+        overrides.append(f"evaluation.num_images={options.num_images}")
     log = logging.getLogger("dkl.engine")
     log.handlers, log.propagate = [_States(states, name)], False
     log.setLevel(logging.INFO)
@@ -68,7 +69,7 @@ class _States(logging.Handler):
         self.states[self.job] = "training, " + record.getMessage().split(":")[0]
 
 
-def run_all(jobs: list[tuple[str, int]], out: Path, num_images: int, workers: int) -> None:
+def run_all(jobs: list[tuple[str, int]], options: argparse.Namespace) -> None:
     """Run all jobs in worker processes, students after their teachers, and show progress."""
     console = Console()
     text = TextColumn("{task.description}")
@@ -76,7 +77,7 @@ def run_all(jobs: list[tuple[str, int]], out: Path, num_images: int, workers: in
     context = get_context("spawn")
     with (
         context.Manager() as manager,
-        ProcessPoolExecutor(workers, mp_context=context) as pool,
+        ProcessPoolExecutor(options.workers, mp_context=context) as pool,
         Progress(*columns, console=console) as progress,
     ):
         states = manager.dict()
@@ -85,7 +86,7 @@ def run_all(jobs: list[tuple[str, int]], out: Path, num_images: int, workers: in
         while waiting or running:
             for job in [job for job in waiting if _is_ready(job, done)]:
                 waiting.remove(job)
-                running[pool.submit(run_job, *job, str(out), num_images, states)] = job
+                running[pool.submit(run_job, job, options, states)] = job
             finished, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
             for future in finished:
                 done.add(running.pop(future))
@@ -102,6 +103,7 @@ def _is_ready(job: tuple[str, int], done: set[tuple[str, int]]) -> bool:
 def main() -> None:
     """Run the quickstart."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="changes of all recipes")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--num-images", type=int, default=200, help="test images under attack")
@@ -109,7 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     started = time.perf_counter()
     jobs = [(recipe, seed) for recipe in RECIPES for seed in range(options.seeds)]
-    run_all(jobs, options.out, options.num_images, options.workers)
+    run_all(jobs, options)
 
     from dkl.reports import compare, read_run, write_report
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dkl.attacks import PGDSettings, attack_mode
 from dkl.losses import ikl_loss, kl_loss
 from dkl.methods.protocol import Batch, StepContext, StepOutput
-from dkl.methods.terms import DecoupledTerm, hard_cross_entropy, step_output
+from dkl.methods.terms import DecoupledTerm, TrainingMethod, hard_cross_entropy, step_output
 
 InnerObjective = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(adversarial_BC, clean_BC, labels_B) -> [B], to be maximised by the attack."""
@@ -36,7 +36,7 @@ def kl_inner(adversarial_BC: Tensor, clean_BC: Tensor, labels_B: Tensor) -> Tens
     return kl_loss(adversarial_BC, clean_BC, reduction="none")
 
 
-class AdversarialTraining(nn.Module):
+class AdversarialTraining(TrainingMethod):
     """Train on images that an attack finds anew at every step.
 
     Args:
@@ -61,18 +61,12 @@ class AdversarialTraining(nn.Module):
         uses_clean: bool = True,
         clean_first: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(term)
         self.attack = attack
         self.inner = inner
         self.outer = outer
-        self.term = term
         self.uses_clean = uses_clean
         self.clean_first = clean_first
-
-    @property
-    def couples_batch(self) -> bool:
-        """True when the loss of a sample depends on its micro-batch."""
-        return self.term is not None and self.term.couples_batch
 
     def prepare(self, model: nn.Module, batch: Batch, context: StepContext) -> Batch:
         """Find the adversarial images; clean logits are computed once for the whole attack."""
@@ -104,16 +98,6 @@ class AdversarialTraining(nn.Module):
         if self.term is not None:
             self.term.observe(clean_BC, batch, context)
         return step_output(terms, clean_BC, batch, context)
-
-    def on_epoch_end(self, epoch: int) -> None:  # noqa: ARG002
-        """Commit the class table; collective."""
-        if self.term is not None:
-            self.term.commit()
-
-    def consolidate(self) -> None:
-        """Gather the class statistics on the first process; collective."""
-        if self.term is not None:
-            self.term.consolidate()
 
 
 def pgd_at(

@@ -11,13 +11,19 @@ from torch import Tensor, nn
 
 from dkl.losses import kl_loss
 from dkl.methods.protocol import Batch, StepContext, StepOutput
-from dkl.methods.terms import DecoupledTerm, FrozenTeacher, hard_cross_entropy, step_output
+from dkl.methods.terms import (
+    DecoupledTerm,
+    FrozenTeacher,
+    TrainingMethod,
+    hard_cross_entropy,
+    step_output,
+)
 
 SoftTerm = Callable[[Tensor, Tensor, Batch, StepContext], Tensor]
 """(student_BC, teacher_BC, batch, context) -> share of the micro-batch in the soft loss."""
 
 
-class LogitDistillation(nn.Module):
+class LogitDistillation(TrainingMethod):
     """Train a student on labels and on a fixed teacher's logits for the same augmented images.
 
     Args:
@@ -38,17 +44,11 @@ class LogitDistillation(nn.Module):
         warmup_epochs: int = 0,
         term: DecoupledTerm | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(term)
         self.teacher = FrozenTeacher(teacher)
         self.soft = soft
         self.hard_weight = hard_weight
         self.warmup_epochs = warmup_epochs
-        self.term = term
-
-    @property
-    def couples_batch(self) -> bool:
-        """True when the loss of a sample depends on its micro-batch."""
-        return self.term is not None and self.term.couples_batch
 
     def prepare(self, model: nn.Module, batch: Batch, context: StepContext) -> Batch:  # noqa: ARG002
         """Ask the teacher."""
@@ -67,16 +67,6 @@ class LogitDistillation(nn.Module):
         if self.term is not None:
             self.term.observe(teacher_BC, batch, context)
         return step_output(terms, student_BC, batch, context)
-
-    def on_epoch_end(self, epoch: int) -> None:  # noqa: ARG002
-        """Commit the class table; collective."""
-        if self.term is not None:
-            self.term.commit()
-
-    def consolidate(self) -> None:
-        """Gather the class statistics on the first process; collective."""
-        if self.term is not None:
-            self.term.consolidate()
 
 
 def kd(

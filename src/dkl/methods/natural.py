@@ -3,10 +3,10 @@
 from torch import nn
 
 from dkl.methods.protocol import Batch, StepContext, StepOutput
-from dkl.methods.terms import hard_cross_entropy, step_output
+from dkl.methods.terms import TrainingMethod, hard_cross_entropy, step_output
 
 
-class NaturalTraining(nn.Module):
+class NaturalTraining(TrainingMethod):
     """Train with the cross-entropy of clean images.
 
     Args:
@@ -16,8 +16,6 @@ class NaturalTraining(nn.Module):
         >>> NaturalTraining(label_smoothing=0.1).couples_batch
         False
     """
-
-    couples_batch = False
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -32,9 +30,3 @@ class NaturalTraining(nn.Module):
         logits_BC = model(batch.images)
         ce = hard_cross_entropy(logits_BC, batch, context, self.label_smoothing)
         return step_output({"clean_ce": ce}, logits_BC, batch, context)
-
-    def on_epoch_end(self, epoch: int) -> None:
-        """Nothing is collected."""
-
-    def consolidate(self) -> None:
-        """Nothing is collected."""

@@ -125,6 +125,34 @@ class DecoupledTerm(nn.Module):
             self.statistics.consolidate()
 
 
+class TrainingMethod(nn.Module):
+    """What the methods of this package share; the protocol asks for no base class.
+
+    Args:
+        term: the decoupled loss inside the method's loss, if there is one; its class table is
+            committed at the end of every epoch.
+    """
+
+    def __init__(self, term: DecoupledTerm | None = None) -> None:
+        super().__init__()
+        self.term = term
+
+    @property
+    def couples_batch(self) -> bool:
+        """Whether the loss of a sample depends on its micro-batch."""
+        return self.term is not None and self.term.couples_batch
+
+    def on_epoch_end(self, epoch: int) -> None:  # noqa: ARG002
+        """Commit the class table; collective."""
+        if self.term is not None:
+            self.term.commit()
+
+    def consolidate(self) -> None:
+        """Gather the class statistics on the first process; collective."""
+        if self.term is not None:
+            self.term.consolidate()
+
+
 class FrozenTeacher(nn.Module):
     """A teacher that stays in eval mode, gets no gradients and is no part of a saved state.
 
