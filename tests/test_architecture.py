@@ -38,6 +38,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "cli": {"build", "config", "reports"},
     "__init__": {"losses", "build"},
+    "__main__": {"cli"},
 }
 
 PUBLIC_NAMES = {

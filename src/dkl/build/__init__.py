@@ -1,0 +1,14 @@
+"""The one place that sees both recipes and classes: builds, trains, evaluates, tunes."""
+
+from dkl.build.evaluating import evaluate_run
+from dkl.build.training import TrainOutcome, train, train_recipe
+from dkl.build.tuning import TuneOutcome, tune_recipe
+
+__all__ = [
+    "TrainOutcome",
+    "TuneOutcome",
+    "evaluate_run",
+    "train",
+    "train_recipe",
+    "tune_recipe",
+]
