@@ -115,8 +115,8 @@ def test_unknown_model() -> None:
     said = train("model.name=convnet_smal")
     assert "unknown model 'convnet_smal'; did you mean convnet_small" in said
     words = [word for word in SHORT if "kwargs" not in word]
-    said = command("train", "digits_natural", *words, "model.kwargs={widht: 4}", code=1)
-    assert "convnet_small has no option widht; it takes width" in said
+    said = command("train", "digits_natural", *words, "model.kwargs={widths: 4}", code=1)
+    assert "convnet_small has no option widths; it takes width" in said
 
 
 # Data
