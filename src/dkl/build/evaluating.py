@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,8 @@ from dkl.evaluation import AttackProgress
 from dkl.evaluation.accuracy import check_clean_logits
 from dkl.reports import ResultRow, append_results, provenance
 
-logger = logging.getLogger(__name__)
+# Other keys of the data decide the training images, whose mean the model normalises with.
+_CHANGEABLE = ("evaluation.", "data.folder=", "data.download=", "data.test_limit=")
 Progress = Callable[[str, AttackProgress | None], None]
 """Called with what is being measured, and AutoAttack's state where it runs."""
 
@@ -35,8 +35,8 @@ def evaluate_run(
 
     Args:
         path: a run folder, or one of its checkpoints.
-        recipe_overrides: ``evaluation.key=value`` and ``data.key=value`` (where the data lies)
-            laid over the run's own recipe.
+        recipe_overrides: ``evaluation.key=value``, and ``data.folder``, ``data.download`` and
+            ``data.test_limit``, laid over the run's own recipe.
         which: "best" (chosen on the validation split) or "last".
         progress: told what is being measured.
 
@@ -47,7 +47,13 @@ def evaluate_run(
         ValueError: not a run, overrides that do not fit, or weights that do not.
     """
     run_dir, recipe = read_recipe(path)
-    changed = config.override(recipe, recipe_overrides or [])
+    overrides = recipe_overrides or []
+    if settled := [text for text in overrides if not text.startswith(_CHANGEABLE)]:
+        raise ValueError(
+            f"training has settled {', '.join(settled)}; what may be changed for an evaluation is "
+            "evaluation.KEY, data.folder, data.download and data.test_limit"
+        )
+    changed = config.override(recipe, overrides)
     splits = build_data(changed.data, recipe.seed)
     device = device_for_evaluation()
     model, weights_hash = load_run_model(path, recipe, splits.train, which)

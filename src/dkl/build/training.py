@@ -140,7 +140,10 @@ def _build_teacher(recipe: config.Recipe, out: Path, data: ImageData) -> nn.Modu
             f"{recipe.data.name}: choose a teacher of the same data"
         )
     which = "last" if teaching.training.best_metric is None else "best"
-    return load_run_model(run, teaching, data, which)[0]
+    # Its own training images, whose mean and deviation its weights were trained with.
+    places = {"folder": recipe.data.folder, "download": recipe.data.download}
+    own = build_data(teaching.data.model_copy(update=places), teaching.seed)
+    return load_run_model(run, teaching, own.train, which)[0]
 
 
 def _loop_settings(recipe: config.Recipe) -> LoopSettings:
