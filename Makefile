@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/quickstart
 JOBS ?= 2
+TORCH ?= 2.14.1
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
@@ -43,7 +44,12 @@ bench: install  ## measurements quoted in docs: data augmentation
 	$(BIN)/python benchmarks/augmentation.py
 
 wheel: install  ## build the wheel and try it in an environment with torch alone
+	rm -rf dist build/torch-alone
 	$(BIN)/python -m build --no-isolation --wheel
+	$(PYTHON) -m venv build/torch-alone
+	build/torch-alone/bin/python -m pip install --quiet 'torch==$(TORCH)' dist/*.whl
+	cd build && torch-alone/bin/python -c "import torch, dkl; a = torch.randn(4, 10, requires_grad=True); \
+	  dkl.ikl_loss(a, torch.randn(4, 10)).backward(); print('dkl', dkl.__version__, 'with torch', torch.__version__, a.grad.norm().item())"
 
 clean:  ## remove the environment, caches and builds (never runs/)
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dkl import config, evaluation
@@ -57,6 +58,8 @@ def evaluate_run(
     splits = build_data(changed.data, recipe.seed)
     device = device_for_evaluation()
     model, weights_hash = load_run_model(path, recipe, splits.train, which)
+    if recipe.training.channels_last:
+        model.to(memory_format=torch.channels_last)
     measure = _Measurement(
         model=measurable(model.to(device)),
         data=splits.test,
