@@ -49,7 +49,7 @@ def recipe_text(name: str) -> str:
         message = f"no shipped recipe has this name; {suggestion(name, names)}"
         hint = " A file of your own must exist and end in .yaml"
         raise RecipeError(name, [("", message + hint)])
-    return resources.files("dkl").joinpath("recipes", f"{name}.yaml").read_text("utf-8")
+    return resources.files("dkl").joinpath("recipes").joinpath(f"{name}.yaml").read_text("utf-8")
 
 
 def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
