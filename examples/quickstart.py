@@ -90,7 +90,7 @@ def run_all(jobs: list[tuple[str, int]], options: argparse.Namespace) -> None:
             finished, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
             for future in finished:
                 done.add(running.pop(future))
-                progress.console.print(future.result())
+                progress.console.print(future.result(), soft_wrap=True)
                 progress.advance(bar)
             live = "; ".join(f"{name}: {state}" for name, state in sorted(states.items()))
             progress.update(bar, description=live or "runs")
