@@ -68,12 +68,10 @@ def load_run_model(
     Returns:
         The model and the SHA-256 of its weights.
     """
-    is_run = has_checkpoint(path)
-    weights = (
-        load_weights(path, "last" if which == "last" else "best")
-        if is_run
-        else (load_weights(path))
-    )
+    if has_checkpoint(path):
+        weights = load_weights(path, "last" if which == "last" else "best")
+    else:
+        weights = load_weights(path)
     model = build_model(recipe.model, data, recipe.seed)
     try:
         model.load_state_dict(weights)

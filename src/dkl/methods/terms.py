@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dkl.losses import ClassStatistics, gkl_loss, ikl_loss
+from dkl.losses.decoupled import class_weights
+from dkl.losses.rows import compute_dtype
 from dkl.methods.protocol import Batch, StepContext, StepOutput
 
 
@@ -99,15 +101,13 @@ class DecoupledTerm(nn.Module):
         if self.statistics is not None:
             weights_C = self.statistics.table.pow(gamma).sum(1)
             return weights_C[context.step_labels].square().sum()
-        scaled = target_BC.detach() / self.weight_temperature
-        weights_B = (gamma * F.log_softmax(scaled.to(self._dtype(scaled)), 1)).exp().sum(1)
+        rows_BC = target_BC.detach().to(compute_dtype(target_BC))
+        weights_B = class_weights(
+            rows_BC, None, None, None, None, self.weight_temperature, gamma
+        ).sum(1)
         weight_sum = weights_B.masked_fill(~batch.mask, 0.0).square().sum()
         share = batch.mask.sum().clamp(min=1) / context.num_items
         return weight_sum.clamp(min=torch.finfo(weight_sum.dtype).tiny) / share
-
-    @staticmethod
-    def _dtype(values: Tensor) -> torch.dtype:
-        return torch.float64 if values.dtype == torch.float64 else torch.float32
 
     def observe(self, target_BC: Tensor, batch: Batch, context: StepContext) -> None:
         """Add the reference's predictions to the class statistics, once per step."""
