@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dkl.losses import decoupled_kl_loss, ikl_loss
+from dkl.losses import decoupled_kl_loss
 from tests.reference import decoupled_kl_reference, max_relative_error, value_and_gradients
 
 SHAPES = [
@@ -17,6 +17,8 @@ SHAPES = [
 ]  # fmt: skip
 SMALL_SHAPES = [shape for shape in SHAPES if shape[1] < 1000]
 SOURCES = ["sample", "class_probs", "class_table"]
+BACKENDS = ["reference", "auto", "blocked"]  # the others have parity suites of their own
+EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 CROSSED = list(
     itertools.product(
         SOURCES, ["rows", "weights"], ["mean", "sum", "none"], [True, False], [True, False]
@@ -59,13 +61,16 @@ def check_against_reference(case: dict[str, Tensor], options: dict[str, Any]) ->
     )
     results = [
         value_and_gradients(
-            lambda *tensors, function=function: function(
+            lambda *tensors, function=function, options=options: function(
                 **dict(zip(differentiable, tensors, strict=True)), **fixed, **options
             ),
             [case[name] for name in differentiable],
             upstream,
         )
-        for function in (decoupled_kl_loss, decoupled_kl_reference)
+        for function, options in (
+            (decoupled_kl_loss, options),
+            (decoupled_kl_reference, {k: v for k, v in options.items() if k != "backend"}),
+        )
     ]
     (value, gradients), (expected, expected_gradients) = results
     assert value.shape == expected.shape
@@ -78,11 +83,17 @@ def check_against_reference(case: dict[str, Tensor], options: dict[str, Any]) ->
         assert error < 1e-11 * scale, name
 
 
+@EVERY_BACKEND
 @pytest.mark.parametrize(
     ("source", "normalization", "reduction", "break_asymmetry", "detach_weights"), CROSSED
 )
 def test_options_crossed(
-    source: str, normalization: str, reduction: str, break_asymmetry: bool, detach_weights: bool
+    source: str,
+    normalization: str,
+    reduction: str,
+    break_asymmetry: bool,
+    detach_weights: bool,
+    backend: str,
 ) -> None:
     key = (source, normalization, reduction, break_asymmetry, detach_weights)
     chosen = random.Random(CROSSED.index(key))
@@ -104,14 +115,19 @@ def test_options_crossed(
             options["num_items"] = chosen.choice([3, 17.5])
         if normalization == "weights" and chosen.random() < 0.5:
             options["denominator"] = chosen.choice([2, 0.3])
-        check_against_reference(case, options)
+        if backend == "blocked" and not detach_weights:
+            with pytest.raises(ValueError, match="detach_weights=False asks for the gradient"):
+                check_against_reference(case, {**options, "backend": backend})
+        else:
+            check_against_reference(case, {**options, "backend": backend})
 
 
+@EVERY_BACKEND
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_defaults_on_every_shape(shape: tuple[int, ...], source: str) -> None:
+def test_defaults_on_every_shape(shape: tuple[int, ...], source: str, backend: str) -> None:
     for seed in (0, 1):
-        check_against_reference(random_case(shape, source, seed), {})
+        check_against_reference(random_case(shape, source, seed), {"backend": backend})
 
 
 def test_labels_that_are_ignored_by_another_index() -> None:
@@ -287,8 +303,3 @@ def test_strided_views_are_as_good_as_copies() -> None:
         for name, tensor in maps.items()
     }
     torch.testing.assert_close(decoupled_kl_loss(**channels_last), decoupled_kl_loss(**case))
-
-
-def test_backend_reference_is_auto() -> None:
-    case = random_case((6, 10), "sample", seed=0)
-    assert torch.equal(ikl_loss(**case, backend="reference"), ikl_loss(**case))

@@ -141,17 +141,6 @@ def test_options(options: dict[str, Any], words: list[str]) -> None:
     check_message(words, decoupled_kl_loss, LOGITS, LOGITS, **options)
 
 
-@pytest.mark.parametrize("backend", ["blocked", "compile", "triton"])
-def test_backends_that_are_not_there_yet(backend: str) -> None:
-    check_message(
-        [f"backend {backend!r} is not in this version", "'auto' or 'reference'"],
-        decoupled_kl_loss,
-        LOGITS,
-        LOGITS,
-        backend=backend,
-    )
-
-
 @pytest.mark.parametrize(
     ("function", "option", "words"),
     [

@@ -107,7 +107,7 @@ def test_repr_shows_the_settings() -> None:
         (GKLLoss, {"class_probs": TABLE}, "pass class_probs to the call"),
         (GKLLoss, {"normalization": "weights"}, "use ikl_loss"),
         (DKLLoss, {"break_asymmetry": False}, "use ikl_loss"),
-        (DKLLoss, {"backend": "triton"}, "not in this version"),
+        (DKLLoss, {"backend": "fused"}, "backend must be one of"),
         (KLLoss, {"temperature": 0}, "temperature must be finite and > 0"),
         (ReverseKLLoss, {"temperature": float("nan")}, "temperature must be finite and > 0"),
         (JSDLoss, {"reduction": "avg"}, "reduction must be"),
@@ -142,3 +142,8 @@ def test_authors_names() -> None:
     assert torch.equal(GKLLoss(**options)(INPUT, TARGET), expected)
     # GI: the weights' temperature belongs to the class table and must not be given twice.
     assert "weight_temperature" not in from_authors(alpha=1, beta=1, T=4)
+
+
+@pytest.mark.parametrize("backend", ["blocked", "compile", "triton"])
+def test_a_backend_is_checked_when_it_is_used(backend: str) -> None:
+    assert IKLLoss(backend=backend).options["backend"] == backend  # also where it cannot run

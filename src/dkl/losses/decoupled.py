@@ -9,28 +9,25 @@ mu = sum_j w_j d_j / W, the pairwise weighted MSE of a row needs O(C) only, in c
     (1/4) sum_jk w_j w_k (d_j - d_k)^2  =  (W/2) sum_j w_j (d_j - mu)^2.
 """
 
+import functools
 from typing import Literal, NamedTuple, TypedDict, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from dkl.losses.reduction import keep_counted, num_counted, reduce_rows, safe_divisor
+from dkl.losses.backends import BACKENDS, choose_backend
+from dkl.losses.formula import reference_loss
+from dkl.losses.fused_loss import fused_loss
+from dkl.losses.row_kernel import NO_WEIGHTS, LossOptions, RowOptions, RowWeights
 from dkl.losses.rows import (
     NO_LABEL,
     check_divisor,
     check_logits,
     check_number,
     check_reduction,
-    compute_dtype,
     counted_rows,
-    fill_uncounted,
-    to_rows,
 )
-
-BACKENDS = ("auto", "reference")
-PLANNED_BACKENDS = ("blocked", "compile", "triton")
 
 
 class DecoupledParts(NamedTuple):
@@ -59,64 +56,6 @@ class DecoupledOptions(TypedDict, total=False):
     denominator: float | Tensor | None
     num_items: float | Tensor | None
     backend: str
-
-
-def weighted_mse_rows(
-    input_NC: Tensor, target_NC: Tensor, weights_NC: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the weighted MSE of each row in centred form, and its weight sum W; both [N]."""
-    difference_NC = target_NC - input_NC
-    total_N1 = weights_NC.sum(-1, keepdim=True)
-    # A row whose weights are all zero contributes zero, not 0/0.
-    divisor_N1 = torch.where(total_N1 > 0, total_N1, torch.ones_like(total_N1))
-    mean_N1 = (weights_NC * difference_NC).sum(-1, keepdim=True) / divisor_N1
-    squares_N = (weights_NC * (difference_NC - mean_N1).square()).sum(-1)
-    total_N = total_N1.squeeze(-1)
-    return 0.5 * total_N * squares_N, total_N
-
-
-def soft_cross_entropy_rows(input_NC: Tensor, target_NC: Tensor, temperature: float) -> Tensor:
-    """Return -sum_j softmax(target/T)_j log softmax(input/T)_j per row, soft label detached."""
-    label_NC = F.softmax(target_NC.detach() / temperature, -1)
-    return -(label_NC * F.log_softmax(input_NC / temperature, -1)).sum(-1)
-
-
-def _table_rows(class_table: Tensor, labels_N: Tensor) -> Tensor:
-    """Gather rows of the class table; an unknown label is an error, as in F.cross_entropy."""
-    if torch.compiler.is_compiling():
-        return class_table.index_select(0, labels_N)
-    try:
-        return class_table.index_select(0, labels_N)
-    except IndexError as error:
-        raise ValueError(
-            f"labels must be in [0, {class_table.shape[0]}) or ignore_index where a row does not "
-            f"count, got {labels_N.min().item()} to {labels_N.max().item()}"
-        ) from error
-
-
-def class_weights(
-    target_NC: Tensor,
-    class_probs: Tensor | None,
-    class_table: Tensor | None,
-    labels: Tensor | None,
-    counted: Tensor | None,
-    weight_temperature: float,
-    gamma: float,
-) -> Tensor:
-    """Return the weights w [N, C] from their one source, raised to the power gamma.
-
-    Rows that do not count hold one: the power of zero has infinite derivatives.
-    """
-    if class_table is not None and labels is not None:
-        labels_N = labels.reshape(-1).long()
-        labels_N = labels_N if counted is None else labels_N.masked_fill(~counted, 0)
-        weights_NC = _table_rows(class_table.to(target_NC.dtype), labels_N)
-        weights_NC = fill_uncounted(weights_NC, counted, 1.0)
-    elif class_probs is not None:
-        weights_NC = to_rows(class_probs, target_NC.dtype, counted, fill=1.0)
-    else:  # in log space, so that the power's gradient is finite where a probability underflows
-        return (gamma * F.log_softmax(target_NC / weight_temperature, -1)).exp()
-    return weights_NC if gamma == 1.0 else weights_NC.pow(gamma)
 
 
 def _check_weight_source(
@@ -151,26 +90,45 @@ def _check_weight_source(
         raise ValueError("ignore_index would be ignored without labels: pass labels too")
 
 
-def _check_options(options: DecoupledOptions) -> None:
-    check_reduction(options["reduction"])
-    check_number("mse_weight", options["mse_weight"])
-    check_number("ce_weight", options["ce_weight"])
-    check_number("gamma", options["gamma"])
-    check_number("temperature", options["temperature"], positive=True)
-    check_number("weight_temperature", options["weight_temperature"], positive=True)
-    check_divisor("denominator", options["denominator"])
-    check_divisor("num_items", options["num_items"])
-    normalization, backend = options["normalization"], options["backend"]
+def _check_options(
+    mse_weight: float,
+    ce_weight: float,
+    temperature: float,
+    weight_temperature: float,
+    gamma: float,
+    normalization: str,
+    reduction: str,
+    backend: str,
+) -> None:
+    check_reduction(reduction)
+    check_number("mse_weight", mse_weight)
+    check_number("ce_weight", ce_weight)
+    check_number("gamma", gamma)
+    check_number("temperature", temperature, positive=True)
+    check_number("weight_temperature", weight_temperature, positive=True)
     if normalization not in ("rows", "weights"):
         raise ValueError(f"normalization must be 'rows' or 'weights', got {normalization!r}")
-    if options["denominator"] is not None and normalization == "rows":
-        raise ValueError("denominator belongs to normalization='weights'; for rows pass num_items")
-    if options["num_items"] is not None and options["reduction"] != "mean":
-        raise ValueError("num_items replaces the row count of reduction='mean' and needs it")
-    if backend in PLANNED_BACKENDS:
-        raise ValueError(f"backend {backend!r} is not in this version; use 'auto' or 'reference'")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+
+
+# The same few options come back at every step, and small inputs notice what checks cost.
+_check_options_once = functools.lru_cache(maxsize=64)(_check_options)
+_NUMBERS = {int, float}
+
+
+def _check_divisors(
+    denominator: float | Tensor | None,
+    num_items: float | Tensor | None,
+    normalization: str,
+    reduction: str,
+) -> None:
+    check_divisor("denominator", denominator)
+    check_divisor("num_items", num_items)
+    if denominator is not None and normalization == "rows":
+        raise ValueError("denominator belongs to normalization='weights'; for rows pass num_items")
+    if num_items is not None and reduction != "mean":
+        raise ValueError("num_items replaces the row count of reduction='mean' and needs it")
 
 
 @overload
@@ -273,56 +231,53 @@ def decoupled_kl_loss(
         >>> [round(x.item(), 4) for x in (loss, *parts)]
         [1.9685, 0.4879, 1.4806]
     """
-    _check_options(
-        {
-            "mse_weight": mse_weight,
-            "ce_weight": ce_weight,
-            "temperature": temperature,
-            "weight_temperature": weight_temperature,
-            "gamma": gamma,
-            "normalization": normalization,
-            "reduction": reduction,
-            "denominator": denominator,
-            "num_items": num_items,
-            "backend": backend,
-        }
-    )
+    numbers = (mse_weight, ce_weight, temperature, weight_temperature, gamma)
+    plain = _NUMBERS.issuperset(map(type, numbers)) and not torch.compiler.is_compiling()
+    check = _check_options_once if plain else _check_options
+    check(*numbers, normalization, reduction, backend)
+    if denominator is not None or num_items is not None:
+        _check_divisors(denominator, num_items, normalization, reduction)
     check_logits(input, target)
     _check_weight_source(input, class_probs, class_table, labels, ignore_index, weight_temperature)
-    counted = counted_rows(input, mask, labels, ignore_index)
-    dtype = compute_dtype(input, target)
-    input_NC, target_NC = to_rows(input, dtype, counted), to_rows(target, dtype, counted)
-    weights_NC = class_weights(
-        target_NC, class_probs, class_table, labels, counted, weight_temperature, gamma
+    counted_N = counted_rows(input, mask, labels, ignore_index)
+    options = LossOptions(
+        _row_weights(class_probs, class_table, labels, counted_N),
+        counted_N,
+        RowOptions(temperature, weight_temperature, gamma, break_asymmetry),
+        mse_weight,
+        ce_weight,
+        normalization,
+        detach_weights,
+        reduction,
+        denominator,
+        num_items,
     )
-    mse_N, total_N = weighted_mse_rows(
-        input_NC if break_asymmetry else input_NC.detach(),
-        target_NC,
-        weights_NC.detach() if detach_weights else weights_NC,
-    )
-    if normalization == "weights":
-        mse_N = mse_N * _rows_per_weight(total_N, counted, denominator, num_items)
-    ce_N = soft_cross_entropy_rows(input_NC, target_NC, temperature)
-    row_shape = input.shape[:1] + input.shape[2:]
-    loss = reduce_rows(
-        mse_weight * mse_N + ce_weight * ce_N, reduction, counted, row_shape, num_items
-    )
-    if not return_parts:
-        return loss
-    mse, ce = (
-        reduce_rows(x.detach(), reduction, counted, row_shape, num_items) for x in (mse_N, ce_N)
-    )
-    return loss, DecoupledParts(mse, ce)
+    chosen = choose_backend(backend, input, target, options)
+    if chosen == "reference":
+        terms = reference_loss(input, target, options)
+    else:
+        terms = fused_loss(
+            input,
+            target,
+            options,
+            chosen,
+            registered=backend != "auto",
+            return_parts=return_parts,
+        )
+    if return_parts:
+        return terms.loss, DecoupledParts(terms.mse, terms.ce)
+    return terms.loss
 
 
-def _rows_per_weight(
-    total_N: Tensor,
-    counted: Tensor | None,
-    denominator: float | Tensor | None,
-    num_items: float | Tensor | None,
-) -> Tensor | float:
-    """Return n / D: turns a mean over rows into a sum divided by D (normalization="weights")."""
-    num_rows = num_counted(total_N, counted) if num_items is None else num_items
-    if denominator is None:
-        denominator = keep_counted(total_N.square(), counted).sum()
-    return num_rows / safe_divisor(denominator, total_N)
+def _row_weights(
+    class_probs: Tensor | None,
+    class_table: Tensor | None,
+    labels: Tensor | None,
+    counted_N: Tensor | None,
+) -> RowWeights:
+    if class_table is None or labels is None:
+        return NO_WEIGHTS if class_probs is None else RowWeights(class_probs)
+    labels_N = labels.reshape(-1).long()
+    # A label that stands for a row that does not count is no row of the table.
+    labels_N = labels_N if counted_N is None else labels_N.masked_fill(~counted_N, 0)
+    return RowWeights(None, class_table, labels_N)

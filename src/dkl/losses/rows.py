@@ -59,8 +59,8 @@ def check_divisor(name: str, value: float | Tensor | None) -> None:
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """Return float64 when any tensor has it, else float32: half precision never does arithmetic."""
-    double = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if double else torch.float32
+    dtypes = [tensor.dtype for tensor in tensors]
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def counted_rows(
@@ -71,14 +71,18 @@ def counted_rows(
     Raises:
         ValueError: mask or labels of a wrong shape or dtype.
     """
+    if mask is None and labels is None:
+        return None
     row_shape = input.shape[:1] + input.shape[2:]
     if mask is not None and (mask.shape != row_shape or mask.dtype != torch.bool):
         raise ValueError(
             f"mask must be bool (True = counts) of input's shape without dim 1, {list(row_shape)}, "
             f"got {mask.dtype} {list(mask.shape)}"
         )
+    if labels is None and mask is not None:
+        return mask.reshape(-1)
     if labels is None:
-        return None if mask is None else mask.reshape(-1)
+        return None
     if labels.shape != row_shape or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(
             f"labels must be integers of input's shape without dim 1, {list(row_shape)}, "

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from dkl.losses.backends import FUSED_BACKENDS
 from dkl.losses.decoupled import DecoupledOptions, DecoupledParts, decoupled_kl_loss
 
 LossOrParts = Tensor | tuple[Tensor, DecoupledParts]
@@ -194,9 +195,12 @@ class _DecoupledModule(nn.Module):
                 f"pass {', '.join(per_call)} to the call, not to the making of the loss"
             )
         self.options: dict[str, Any] = {**options, "return_parts": return_parts}
-        # One call on a tiny input, so that a wrong option is reported here and not in training.
-        one_row = torch.zeros(1, 2)
-        self._function(one_row, one_row, labels=torch.zeros(1, dtype=torch.long), **self.options)
+        # One call on a tiny input, so that a wrong option is reported here and not in training; by
+        # the reference, since a backend may need a device that only the real input is on.
+        one_row, labels = torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)
+        fused = self.options.get("backend") in FUSED_BACKENDS
+        checked = {**self.options, "backend": "reference"} if fused else self.options
+        self._function(one_row, one_row, labels=labels, **checked)
 
     def forward(
         self,

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dkl.losses import ClassStatistics, gkl_loss, ikl_loss
-from dkl.losses.decoupled import class_weights
+from dkl.losses.formula import class_weights
+from dkl.losses.row_kernel import RowWeights
 from dkl.losses.rows import compute_dtype
 from dkl.methods.protocol import Batch, StepContext, StepOutput
 
@@ -102,9 +103,9 @@ class DecoupledTerm(nn.Module):
             weights_C = self.statistics.table.pow(gamma).sum(1)
             return weights_C[context.step_labels].square().sum()
         rows_BC = target_BC.detach().to(compute_dtype(target_BC))
-        weights_B = class_weights(
-            rows_BC, None, None, None, None, self.weight_temperature, gamma
-        ).sum(1)
+        weights_B = class_weights(rows_BC, RowWeights(), None, self.weight_temperature, gamma).sum(
+            1
+        )
         weight_sum = weights_B.masked_fill(~batch.mask, 0.0).square().sum()
         share = batch.mask.sum().clamp(min=1) / context.num_items
         return weight_sum.clamp(min=torch.finfo(weight_sum.dtype).tiny) / share
