@@ -24,7 +24,10 @@ from dkl.losses import (
     ikl_loss,
     jsd_loss,
     kl_loss,
+    linear_ikl_loss,
+    linear_top_k_ikl_loss,
     reverse_kl_loss,
+    top_k_ikl_loss,
 )
 
 __version__ = "0.1.0"
@@ -45,7 +48,10 @@ __all__ = [
     "ikl_loss",
     "jsd_loss",
     "kl_loss",
+    "linear_ikl_loss",
+    "linear_top_k_ikl_loss",
     "reverse_kl_loss",
+    "top_k_ikl_loss",
     "train",
 ]
 

@@ -182,6 +182,8 @@ def test_a_kept_graph_gives_the_same_again(backend: str) -> None:
         gradient.zero_()  # ours to change: the graph must not notice
     second = torch.autograd.grad(loss, pair, torch.tensor(1.0).double(), retain_graph=True)
     again = [gradient.clone() for gradient in second]
+    for gradient in second:
+        gradient.zero_()
     last = torch.autograd.grad(loss, pair, torch.tensor(-3.0).double())
     for a, b, c in zip(copies, again, last, strict=True):
         torch.testing.assert_close(a, 2.5 * b)
@@ -200,6 +202,19 @@ def test_gradients_add_up_in_leaves(backend: str) -> None:
         0
     ]
     torch.testing.assert_close(leaf.grad, 3.5 * expected)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (600, 300)], ids=str)
+def test_a_graph_may_be_kept_for_many_backward_passes(shape: tuple[int, ...]) -> None:
+    input, target = logits(*shape)
+    leaf = input.clone().requires_grad_()
+    loss = ikl_loss(leaf, target)
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    expected = value_and_gradients(lambda x: ikl_loss(x, target, backend="reference"), [input])[1][
+        0
+    ]
+    torch.testing.assert_close(leaf.grad, 3 * expected)
 
 
 @QUICK

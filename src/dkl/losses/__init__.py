@@ -11,6 +11,9 @@ from dkl.losses.divergences import (
     kl_loss,
     reverse_kl_loss,
 )
+from dkl.losses.linear import linear_ikl_loss
+from dkl.losses.linear_top_k import linear_top_k_ikl_loss
+from dkl.losses.top_k import top_k_ikl_loss
 from dkl.losses.variants import (
     DKLLoss,
     GKLLoss,
@@ -38,6 +41,9 @@ __all__ = [
     "ikl_loss",
     "jsd_loss",
     "kl_loss",
+    "linear_ikl_loss",
+    "linear_top_k_ikl_loss",
     "reverse_kl_loss",
     "sequence_loss",
+    "top_k_ikl_loss",
 ]

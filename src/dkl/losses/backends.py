@@ -14,7 +14,7 @@ FUSED_BACKENDS = ("blocked", "compile", "triton")
 BACKENDS = ("auto", "reference", *FUSED_BACKENDS)
 
 _TENSORS = {Tensor, torch.nn.Parameter}
-_PLAIN = {int, float, bool, type(None)}
+_PLAIN = {int, float, bool, str, type(None)}
 
 
 def row_kernel(backend: str) -> RowKernel:
@@ -84,15 +84,15 @@ def fastest_backend(device: torch.device) -> str:
 
 def _obstacle(input: Tensor, target: Tensor, options: LossOptions) -> str | None:
     """Return why no fused backend can compute a loss, or None."""
-    class_probs, class_table, _ = options.weights
+    (class_probs, class_table, _), _, rows, *numbers = options
     weights = class_probs if class_probs is not None else class_table
     weights = target if weights is None else weights
     if not options.detach_weights and weights.requires_grad and torch.is_grad_enabled():
         return "detach_weights=False asks for the gradient through the class weights"
-    if not _PLAIN.issuperset(map(type, (*options[3:5], *options[8:], *options.rows))):
-        numbers = (*options[3:5], *options[8:], *options.rows)
-        if any(isinstance(x, Tensor) and x.requires_grad for x in numbers):
-            return "an option is a tensor that needs a gradient"
+    if not _PLAIN.issuperset(map(type, (*numbers, *rows))) and any(
+        isinstance(x, Tensor) and x.requires_grad for x in (*numbers, *rows)
+    ):
+        return "an option is a tensor that needs a gradient"
     if torch.compiler.is_compiling():
         return None
     if torch._C._are_functorch_transforms_active():
@@ -110,5 +110,4 @@ def _triton_obstacle(device: torch.device) -> str | None:
         from dkl.losses import triton_kernels
     except ImportError as error:
         return f"triton cannot be imported ({error})"
-    available, reason = triton_kernels.is_available(device)
-    return None if available else reason
+    return triton_kernels.obstacle(device)

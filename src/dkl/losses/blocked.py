@@ -43,28 +43,28 @@ def decoupled_sum(
 
     With little to do, the number of operations is what costs: here are none but those needed.
     """
-    dim = 1
-    input, target = input_NC, target_NC
+    (mse_scale, ce_scale), temperature = scales, options.temperature
+    dim, input, target = 1, input_NC, target_NC
     given = take_weights(weights, None, input.dtype, None)
     if input.shape[1] < _FEW_CLASSES:
         dim = 0
         input, target = input.t().contiguous(), target.t().contiguous()
         given = None if given is None else given.t().contiguous()
-    label, log_prediction = _soft_labels(input, target, options.temperature, dim)
+    label, log_prediction = _soft_labels(input, target, temperature, dim)
     pull, centred = _pull(input, target, *_weights(given, target, label, options, dim), dim)
-    pull.mul_(scales[0])
-    label.mul_(scales[1] * (-1.0 / options.temperature))
-    value = torch.dot(label.view(-1), log_prediction.view(-1))
-    if options.temperature != 1.0:
-        value.mul_(options.temperature)
-    value = torch.add(value, torch.dot(pull.view(-1), centred.view(-1)), alpha=0.5)
+    value = (pull * centred).sum().mul_(0.5 * mse_scale)
+    # u = -b p / T has the sum -b / T over the classes, so that the backward of log softmax,
+    # u - q sum(u), is b (q - p) / T in one pass.
+    label.mul_(ce_scale * (-1.0 / temperature))
+    value = torch.add(value, (label * log_prediction).sum(), alpha=temperature)
     input_gradient = target_gradient = None
     if needs[0]:
         input_gradient = torch._log_softmax_backward_data(label, log_prediction, dim, label.dtype)
         if options.break_asymmetry:
-            input_gradient.sub_(pull)
+            input_gradient.sub_(pull, alpha=mse_scale)
         input_gradient = input_gradient if dim == 1 else input_gradient.t().contiguous()
     if needs[1]:
+        pull.mul_(mse_scale)
         target_gradient = pull if dim == 1 else pull.t().contiguous()
     return value, input_gradient, target_gradient
 
@@ -95,9 +95,7 @@ def _formula(block: Block, dim: int) -> tuple[Tensor, Tensor]:
     if target_gradient is not None:
         torch.mul(pull, mse_scale, out=target_gradient)
     if input_gradient is not None:
-        # u = -b p / T has the sum -b / T over the classes, so that the backward of log softmax,
-        # u - q sum(u), is b (q - p) / T in one pass.
-        label.mul_(ce_scale * (-1.0 / options.temperature))
+        label.mul_(ce_scale * (-1.0 / options.temperature))  # b (q - p) / T, as above
         found = torch._log_softmax_backward_data(label, log_prediction, dim, label.dtype)
         if not options.break_asymmetry:
             input_gradient.copy_(found)

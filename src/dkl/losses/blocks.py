@@ -125,22 +125,22 @@ def run_blocks(
 
 
 def sum_weights(
-    target: Tensor, weights: RowWeights, options: RowOptions, counted_N: Tensor | None
+    target: Tensor, weights: RowWeights, counted_N: Tensor | None, options: RowOptions
 ) -> Tensor:
     """Return the sum of the powered weights of each row, block by block.
 
     Args:
         target: [N, C] or [N, C, P] logits m.
         weights: their source.
-        options: numbers of the formula.
         counted_N: bool, False for rows that do not count, whose sums mean nothing; or None.
+        options: numbers of the formula.
     """
     dtype = compute_dtype(target)
     gamma, tau = options.gamma, options.weight_temperature
     table, labels_N = weights.class_table, weights.labels_N
     if table is not None and labels_N is not None and table.shape[0] <= labels_N.shape[0]:
         # Fewer rows in the table than in the batch: each of them once.
-        return sum_weights(table, RowWeights(table), options, None)[labels_N].to(dtype)
+        return sum_weights(table, RowWeights(table), None, options)[labels_N].to(dtype)
     num_rows = target.shape[0] * (target.shape[2] if target.ndim == 3 else 1)
     if gamma == 1.0 and table is None and weights.class_probs is None:
         return torch.ones(num_rows, dtype=dtype, device=target.device)

@@ -238,7 +238,10 @@ def decoupled_kl_loss(
     if denominator is not None or num_items is not None:
         _check_divisors(denominator, num_items, normalization, reduction)
     check_logits(input, target)
-    _check_weight_source(input, class_probs, class_table, labels, ignore_index, weight_temperature)
+    if class_probs is not None or class_table is not None or ignore_index != NO_LABEL:
+        _check_weight_source(
+            input, class_probs, class_table, labels, ignore_index, weight_temperature
+        )
     counted_N = counted_rows(input, mask, labels, ignore_index)
     options = LossOptions(
         _row_weights(class_probs, class_table, labels, counted_N),

@@ -48,7 +48,7 @@ def fused_loss(
     divisor = _num_items(input, target, options) if options.reduction == "mean" else 1.0
     mse_factor: Scale = 1.0
     if options.normalization == "weights":
-        mse_factor = _rows_per_weight(input, target, options)
+        mse_factor = _rows_per_weight(input, target, options, backend)
     scales = (options.mse_weight * mse_factor / divisor, options.ce_weight / divisor)
     problem = Problem(weights, counted_N, scales, options.rows, summed, backend)
     value, mse, ce = fused_value(
@@ -101,17 +101,17 @@ def _num_items(input: Tensor, target: Tensor, options: LossOptions) -> Scale:
     return _number(num_counted(_like(input, target), options.counted_N))
 
 
-def _rows_per_weight(input: Tensor, target: Tensor, options: LossOptions) -> Scale:
+def _rows_per_weight(input: Tensor, target: Tensor, options: LossOptions, backend: str) -> Scale:
     """Return n / D with D = sum_i W_i^2, which turns a mean into a sum divided by D."""
     denominator = options.denominator
     if denominator is None:
-        total_N = _total_weights(target, options)
+        total_N = _total_weights(target, options, backend)
         denominator = keep_counted(total_N.square(), options.counted_N).sum()
     divisor = safe_divisor(denominator, _like(input, target))
     return _num_items(input, target, options) / _number(divisor)
 
 
-def _total_weights(target: Tensor, options: LossOptions) -> Tensor:
+def _total_weights(target: Tensor, options: LossOptions, backend: str) -> Tensor:
     """Return the sum W of the weights of each row."""
     rows = options.rows
     if torch.compiler.is_compiling():  # the caller's graph fuses it
@@ -119,7 +119,10 @@ def _total_weights(target: Tensor, options: LossOptions) -> Tensor:
         return class_weights(
             target_NC, options.weights, options.counted_N, rows.weight_temperature, rows.gamma
         ).sum(1)
-    return sum_weights(target.detach(), options.weights, rows, options.counted_N)
+    sums = sum_weights
+    if backend == "triton":
+        from dkl.losses.triton_kernels import weight_sums as sums
+    return sums(target.detach(), options.weights, options.counted_N, rows)
 
 
 def _like(input: Tensor, target: Tensor) -> Tensor:

@@ -130,16 +130,21 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
         upstream = upstream.reshape(shape)
     if type(gradient) is not Tensor or type(upstream) is not Tensor:  # traced: the values are open
         return (gradient * upstream).to(gradient.dtype)
-    if upstream.ndim == 0 and upstream.device.type == "cpu" and upstream.item() == 1.0:
-        return gradient
-    if graph_is_kept():
+    if graph_is_kept():  # what is handed out becomes the caller's, who may write to it
         return (gradient * upstream).to(gradient.dtype)
+    if upstream.ndim == 0 and is_one(upstream):
+        return gradient
     if upstream.ndim == 0 and gradient.is_cuda and gradient.is_contiguous():
         with contextlib.suppress(ImportError):
             from dkl.losses.triton_kernels import scale_gradient_
 
             return scale_gradient_(gradient, upstream)  # reads nothing where upstream is one
     return gradient.mul_(upstream)
+
+
+def is_one(upstream: Tensor) -> bool:
+    """Return whether a gradient without dimensions is one; no where asking would wait."""
+    return upstream.is_cpu and type(upstream) is Tensor and upstream.item() == 1.0
 
 
 def graph_is_kept() -> bool:
