@@ -8,7 +8,7 @@ TORCH ?= 2.14.1
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install format check test test-all quickstart bench wheel clean
+.PHONY: help install format check test test-all gpu quickstart bench wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -37,11 +37,15 @@ test: install  ## the tests, in under ten minutes on two cores
 test-all: install  ## the slow tests as well
 	$(BIN)/python -m pytest -q -n $(JOBS)
 
+gpu: install  ## parity and benchmarks on a GPU
+	$(BIN)/python -m pytest -q tests/gpu
+	$(BIN)/dkl bench losses --device cuda --dtype bfloat16 --shapes 8192x32000,4096x128256 --out runs/bench/losses_gpu.jsonl
+
 quickstart: install  ## train, attack, compare and report on real digits, in about six minutes
 	$(BIN)/python examples/quickstart.py --out $(OUT)
 
-bench: install  ## measurements quoted in docs: data augmentation
-	$(BIN)/python benchmarks/augmentation.py
+bench: install  ## the measurements of docs/performance.md, on an idle machine (about half an hour)
+	$(BIN)/python benchmarks/performance.py --out runs/bench
 
 wheel: install  ## build the wheel and try it in an environment with torch alone
 	rm -rf dist build/torch-alone

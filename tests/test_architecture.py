@@ -36,7 +36,19 @@ ARROWS: dict[str, set[str]] = {
         "models",
         "reports",
     },
-    "cli": {"build", "config", "reports"},
+    "bench": {
+        "attacks",
+        "build",
+        "config",
+        "data",
+        "engine",
+        "evaluation",
+        "losses",
+        "methods",
+        "models",
+        "reports",
+    },
+    "cli": {"bench", "build", "config", "reports"},
     "__init__": {"losses", "build"},
     "__main__": {"cli"},
 }
@@ -57,7 +69,10 @@ PUBLIC_NAMES = {
     "ikl_loss",
     "jsd_loss",
     "kl_loss",
+    "linear_ikl_loss",
+    "linear_top_k_ikl_loss",
     "reverse_kl_loss",
+    "top_k_ikl_loss",
     "train",
 }
 

@@ -14,6 +14,19 @@ ROOT = Path(dkl.__file__).parents[2]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
+LOSSES_PAGE = (ROOT / "docs" / "losses.md").read_text()
+
+
+def test_python_of_the_page_on_losses_runs() -> None:
+    names: dict[str, object] = {}
+    values = []
+    for block in re.findall(r"```python\n(.*?)```", LOSSES_PAGE, re.DOTALL):
+        exec(block, names)
+        values.append(names["loss"])
+    assert len(values) == 2
+    assert all(isinstance(value, torch.Tensor) and value.isfinite() for value in values)
+
+
 def test_the_readme_has_two_python_blocks() -> None:
     assert len(BLOCKS) == 2
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dkl.cli.processes import leave
 from dkl.losses import ClassStatistics, ikl_loss
 
 NUM_CLASSES = 4
@@ -105,8 +106,7 @@ def main() -> None:
         dist.barrier()
     report["resumed"] = resume(rank, world_size, folder)
     torch.save(report, folder / f"rank_{rank}.pt")
-    if world_size > 1:
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

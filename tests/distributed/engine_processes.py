@@ -27,6 +27,7 @@ from tiny_training import (
     tiny_settings,
 )
 
+from dkl.cli.processes import leave
 from dkl.engine import AverageSettings, CheckpointError, NonFiniteLossError, find_checkpoint
 
 NUM_SAMPLES = 21  # steps of 8, 8 and 5: the last one is uneven
@@ -138,7 +139,7 @@ def main() -> None:
         scenario(folder)
         if rank() == 0:
             (folder / f"{scenario.__name__}.done").touch()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dkl.attacks import AdversarialWeightPerturbation, PGDSettings, ThreatModel
+from dkl.cli.processes import leave
 from dkl.data import ImageData, basic_augment
 from dkl.engine import AverageSettings, LoopSettings, fit
 from dkl.methods import ikl_at, ikl_kd, trades
@@ -85,7 +86,7 @@ def train_all(folder: Path, accumulation: int = 1) -> None:
 def main() -> None:
     train_all(Path(sys.argv[1]))
     assert torch.distributed.get_world_size() == int(os.environ["WORLD_SIZE"]) == 2
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

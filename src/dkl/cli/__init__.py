@@ -1,8 +1,12 @@
 """The ``dkl`` command: one thin command per verb; everything is put together here."""
 
+import os
+
 import typer
 
+from dkl.cli.bench import bench_evaluate, bench_linear, bench_losses, bench_train
 from dkl.cli.errors import Commands, common_options
+from dkl.cli.processes import leave
 from dkl.cli.recipes import copy_recipe, list_recipes, show_recipe
 from dkl.cli.results import compare, report
 from dkl.cli.training import evaluate, train, tune
@@ -69,7 +73,43 @@ _recipes.command("copy", epilog=_examples("dkl recipes copy digits_ikl_at my_rec
 )
 app.add_typer(_recipes, name="recipes")
 
+_bench = typer.Typer(
+    no_args_is_help=True,
+    help="Measure speed and memory against other ways to the same result, on this machine.",
+)
+_bench.command(
+    "losses",
+    epilog=_examples(
+        "dkl bench losses --quick",
+        "dkl bench losses --threads 2 --out losses.jsonl --plot figures",
+        "dkl bench losses --shapes 8192x32000,4096x128256 --dtype bfloat16 --device cuda",
+    ),
+)(bench_losses)
+_bench.command(
+    "linear", epilog=_examples("dkl bench linear --quick", "dkl bench linear --rows 4096 --json")
+)(bench_linear)
+_bench.command(
+    "train",
+    epilog=_examples(
+        "dkl bench train --quick",
+        "dkl bench train --cases ikl_at_awp --threads 2 --out train.jsonl",
+    ),
+)(bench_train)
+_bench.command(
+    "evaluate",
+    epilog=_examples(
+        "dkl bench evaluate --quick",
+        "dkl bench evaluate --checkpoint runs/digits_ikl_at/seed_0 --images 200 --threads 2",
+    ),
+)(bench_evaluate)
+app.add_typer(_bench, name="bench")
+
 
 def main() -> None:
     """Run the command line."""
-    app(prog_name="dkl")
+    try:
+        app(prog_name="dkl")
+    except SystemExit as done:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        leave(done.code if isinstance(done.code, int) else int(done.code is not None))

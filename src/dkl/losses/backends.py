@@ -110,4 +110,5 @@ def _triton_obstacle(device: torch.device) -> str | None:
         from dkl.losses import triton_kernels
     except ImportError as error:
         return f"triton cannot be imported ({error})"
-    return triton_kernels.obstacle(device)
+    available, reason = triton_kernels.is_available(device)
+    return None if available else reason
