@@ -63,7 +63,7 @@ def choose_backend(backend: str, input: Tensor, target: Tensor, options: LossOpt
         # While torch.compile traces, the reference formula lets the caller's graph fuse it.
         if torch.compiler.is_compiling() or _obstacle(input, target, options) is not None:
             return "reference"
-        return fastest_backend(input.device)
+        return "blocked" if input.is_cpu else fastest_backend(input.device)
     obstacle = _obstacle(input, target, options)
     if obstacle is None and backend == "triton":
         obstacle = _triton_obstacle(input.device)

@@ -52,11 +52,13 @@ def decoupled_sum(
         given = None if given is None else given.t().contiguous()
     label, log_prediction = _soft_labels(input, target, temperature, dim)
     pull, centred = _pull(input, target, *_weights(given, target, label, options, dim), dim)
-    value = (pull * centred).sum().mul_(0.5 * mse_scale)
     # u = -b p / T has the sum -b / T over the classes, so that the backward of log softmax,
     # u - q sum(u), is b (q - p) / T in one pass.
     label.mul_(ce_scale * (-1.0 / temperature))
-    value = torch.add(value, (label * log_prediction).sum(), alpha=temperature)
+    terms = torch.mul(label, log_prediction)
+    value = terms.addcmul_(pull, centred, value=0.5 * mse_scale / temperature).sum()
+    if temperature != 1.0:
+        value.mul_(temperature)
     input_gradient = target_gradient = None
     if needs[0]:
         input_gradient = torch._log_softmax_backward_data(label, log_prediction, dim, label.dtype)

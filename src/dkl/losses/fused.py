@@ -98,8 +98,9 @@ def _terms(made: _Made) -> tuple[Tensor, Tensor]:
 
 
 def _make(input: Tensor, target: Tensor, problem: Problem, needs: Needs, with_terms: bool) -> _Made:
-    if torch.is_autocast_enabled(input.device.type):  # products would be in half precision
-        with torch.autocast(input.device.type, enabled=False):
+    kind = "cpu" if input.is_cpu else input.device.type
+    if torch.is_autocast_enabled(kind):  # products would be in half precision
+        with torch.autocast(kind, enabled=False):
             return _make(input, target, problem, needs, with_terms)
     if recomputes(input, target, needs):
         needs = (False, False)
