@@ -1,6 +1,7 @@
 """The benchmark of AutoAttack times two evaluations only if they agree on every sample."""
 
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing import Pipe
 
@@ -23,6 +24,7 @@ from dkl.bench.evaluate_sides import (
 )
 from dkl.bench.evaluate_workers import Workers, workers
 from dkl.bench.rows import BenchRow
+from dkl.bench.steps import torch_threads
 from dkl.build.training import train_recipe
 
 pyautoattack = pytest.importorskip("pyautoattack", reason="the benchmark's peer is not installed")
@@ -256,13 +258,15 @@ def test_processes_that_share_the_work_find_the_same(subject, monkeypatch):
         eps=0.05,
     )
     bench = EvaluateBench(few, channels_last=False)
-    with workers(few, 2) as team:
+    with ExitStack() as stack:
+        with torch_threads(2):  # of which each process gets one
+            team = stack.enter_context(workers(few, 2))
         bench.add_workers(team, 2)
         rows = bench.rows(rounds=1)
-        shared = f"{OURS}, 2 processes"
-        assert by_metric(rows, "flags_differing") == {OURS: 0.0, shared: 0.0}
-        assert set(by_metric(rows, "time")) == {PACKAGE, OURS, shared}
-        assert 0 < by_metric(rows, "robust_accuracy")[shared] < 1
+    shared = f"{OURS}, 2 processes"
+    assert by_metric(rows, "flags_differing") == {OURS: 0.0, shared: 0.0}
+    assert set(by_metric(rows, "time")) == {PACKAGE, OURS, shared}
+    assert 0 < by_metric(rows, "robust_accuracy")[shared] < 1
 
 
 def test_a_process_that_fails_is_an_error():
@@ -276,9 +280,11 @@ def test_a_process_that_fails_is_an_error():
         team.wait_until_ready()
 
 
-def test_processes_without_batches_to_share_are_refused(subject):
-    with (
-        pytest.raises(ValueError, match="batch_size of at most 15"),
-        workers(replace(subject, batch_size=16), 2),
-    ):
+@pytest.mark.parametrize(
+    ("batch_size", "threads", "message"),
+    [(16, 2, "batch_size of at most 15"), (2, 1, "at least as many threads")],
+)
+def test_processes_that_cannot_share_fairly_are_refused(subject, batch_size, threads, message):
+    changed = replace(subject, batch_size=batch_size)
+    with torch_threads(threads), pytest.raises(ValueError, match=message), workers(changed, 2):
         pass

@@ -85,7 +85,7 @@ def workers(subject: Subject, count: int) -> Iterator[Workers]:
         The processes; they end with the block.
 
     Raises:
-        ValueError: nothing to share, or a model that is not on the CPU.
+        ValueError: nothing to share, fewer threads than processes, or a model on a GPU.
     """
     if subject.images.device.type != "cpu":
         raise ValueError(f"processes share a CPU here, the model is on {subject.images.device}")
@@ -96,8 +96,13 @@ def workers(subject: Subject, count: int) -> Iterator[Workers]:
             f"{max(1, len(subject.images) // count)}; half of it shares better, as broken samples "
             "drop out"
         )
+    threads = torch.get_num_threads() // count
+    if threads < 1:
+        raise ValueError(
+            f"{count} processes would use more cores than the {torch.get_num_threads()} threads of "
+            "the sides they are compared with: give at least as many threads as processes"
+        )
     context = multiprocessing.get_context("spawn")
-    threads = max(1, torch.get_num_threads() // count)
     with tempfile.TemporaryDirectory() as folder:
         store = (Path(folder) / "store").as_uri()
         ours, processes = [], []

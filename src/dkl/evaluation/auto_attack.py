@@ -25,6 +25,7 @@ from dkl.evaluation.auto_attack_phases import (
     load_package,
     plan_phases,
 )
+from dkl.evaluation.auto_attack_processes import Processes
 from dkl.evaluation.auto_attack_result import AttackProgress, AttackRecord, AutoAttackResult
 from dkl.evaluation.auto_attack_state import (
     EvaluationState,
@@ -61,6 +62,7 @@ def auto_attack(
     state_dir: str | Path | None = None,
     progress: Callable[[AttackProgress], None] | None = None,
     return_adversarial: bool = False,
+    distributed: bool = False,
 ) -> AutoAttackResult:
     """Evaluate robustness with AutoAttack (Croce and Hein, 2020).
 
@@ -83,12 +85,16 @@ def auto_attack(
         state_dir: folder that keeps finished batches; the same call takes up where it stopped.
         progress: called after every batch; an exception in it stops the evaluation.
         return_adversarial: also return the adversarial images.
+        distributed: deal the batches of each attack to the processes of torch.distributed, which
+            all call this alike. Each gets the whole result, the one that a single process gets on
+            the same hardware; ``progress`` sees the process's own batches.
 
     Returns:
         Flags per sample and a record per attack.
 
     Raises:
-        ValueError: for wrong inputs, or a ``state_dir`` of another evaluation.
+        ValueError: for wrong inputs, a ``state_dir`` of another evaluation, ``distributed``
+            without a process group or with processes that evaluate different things.
         ImportError: when pyautoattack is not installed.
 
     Example:
@@ -111,7 +117,15 @@ def auto_attack(
         )
     with isolated(model, data.device), torch.no_grad():
         evaluation = _Evaluation(
-            model, data, threat, version, batch_size, seed, state_dir, return_adversarial
+            model,
+            data,
+            threat,
+            version,
+            batch_size,
+            seed,
+            state_dir,
+            return_adversarial,
+            Processes.of_this_run(distributed),
         )
         records = tuple(
             evaluation.run_phase(index, progress) for index in range(evaluation.num_phases)
@@ -132,8 +146,9 @@ class _Evaluation:
         seed: int,
         state_dir: str | Path | None,
         keep_adversarial: bool,
+        processes: Processes,
     ) -> None:
-        self.data, self.threat = data, threat
+        self.data, self.threat, self.processes = data, threat, processes
         self.version, self.batch_size, self.seed = version, batch_size, seed
         self.keep_adversarial = keep_adversarial
         self.package, version_notes = load_package()
@@ -145,10 +160,8 @@ class _Evaluation:
         self.plan: Plan = plan_phases(version, first_BC.shape[1])
         self.notes += self.plan.notes
         self.notes += clean_output_notes(first_BC, self.predict(first_BCHW))
-        self.state: EvaluationState | None = None
-        if state_dir is not None:
-            self.state = EvaluationState(state_dir, self._key(model))
-        clean = self._once("clean", self._clean_pass)
+        self.state = self._open_state(model, state_dir)
+        clean = processes.first(lambda: self._once("clean", self._clean_pass))
         self.clean_correct = clean["correct"]
         self.predictions = clean["predictions"]
         self.robust = self.clean_correct.clone()
@@ -164,7 +177,7 @@ class _Evaluation:
     def run_phase(
         self, index: int, progress: Callable[[AttackProgress], None] | None
     ) -> AttackRecord:
-        """Run one attack on what is still robust."""
+        """Run one attack on what is still robust; with several processes, this one's batches."""
         phase = self.plan.phases[index]
         # Fixed here: the batches of an attack depend on the flags before it alone, so that a run
         # that was stopped meets the same batches again.
@@ -182,17 +195,24 @@ class _Evaluation:
             seed=self.seed,
             warnings=warnings,
         )
-        for number, indices_B in enumerate(index_batches(attacked, self.batch_size)):
-            outcome = self._once(
+        batches = index_batches(attacked, self.batch_size)
+        own: dict[int, Mapping[str, Tensor]] = {}
+        for number in self.processes.share(range(len(batches))):
+            indices_B = batches[number]
+            own[number] = self._once(
                 f"{index}-{phase.name}-{number:05d}",
                 partial(self._attack_batch, attack, indices_B, warnings),
             )
-            self._apply(indices_B, outcome, broken)
-            for name in totals:
-                totals[name] += float(outcome[name])
+            self._apply(indices_B, own[number], broken)
             num_done += len(indices_B)
             if progress is not None:
-                progress(self._progress(phase, index, num_done, before, totals["seconds"]))
+                seconds = sum(float(outcome["seconds"]) for outcome in own.values())
+                progress(self._progress(phase, index, num_done, before, seconds))
+        for outcomes in self.processes.gather(own):  # own batches are entered again: no change
+            for number, outcome in outcomes.items():
+                self._apply(batches[number], outcome, broken)
+                for name in totals:
+                    totals[name] += float(outcome[name])
         after = int(self.robust.sum())
         logger.info("%s: %d of %d samples robust", phase.name, after, len(self.data))
         for note in phase_notes(phase.name, totals, before, after, len(self.data)):
@@ -227,6 +247,16 @@ class _Evaluation:
             notes=tuple(self.notes),
             adversarial=self.adversarial,
         )
+
+    def _open_state(self, model: nn.Module, state_dir: str | Path | None) -> EvaluationState | None:
+        """Open the state folder, if there is one; processes must agree on what is evaluated."""
+        if state_dir is None and self.processes.count == 1:
+            return None
+        key = self._key(model)
+        self.processes.check_same(key)
+        if state_dir is None:
+            return None
+        return self.processes.first(lambda: EvaluationState(state_dir, key))
 
     def _once(self, name: str, compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         """Return a step's outcome from the state folder, or compute and save it."""

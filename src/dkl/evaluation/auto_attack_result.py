@@ -45,7 +45,8 @@ class AttackRecord:
         num_attacked: samples that were still robust when it began.
         broken: [N] bool; samples that this attack broke.
         robust_accuracy: after this attack, from 0 to 1.
-        seconds: wall time, batches of earlier runs included.
+        seconds: of all its batches, one after the other; those of earlier runs and of other
+            processes included.
         n_restarts: random restarts.
         n_targets: target classes per sample; None: untargeted.
     """
