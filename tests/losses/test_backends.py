@@ -193,6 +193,19 @@ def test_a_kept_graph_gives_the_same_again(backend: str) -> None:
 
 
 @FUSED
+@pytest.mark.parametrize("num_classes", [10, 100])
+def test_nearly_equal_logits_lose_no_digits(backend: str, num_classes: int) -> None:
+    # Early steps of an attack: the difference is 1e-5 of the logits, and exact in float32.
+    target, noise = (x.float() for x in logits(16, num_classes))
+    pair = (target + 1e-4 * noise, target)
+    (value, ours), _ = both(pair, backend, ce_weight=0.0)
+    _, (exact, expected) = both((pair[0].double(), pair[1].double()), backend, ce_weight=0.0)
+    assert max_relative_error(value, exact) < 3e-6
+    for gradient, wanted in zip(ours, expected, strict=True):
+        assert max_relative_error(gradient, wanted) < 3e-6
+
+
+@FUSED
 def test_gradients_add_up_in_leaves(backend: str) -> None:
     input, target = logits(5, 8)
     leaf = input.clone().requires_grad_()

@@ -129,18 +129,16 @@ def _formula(
 ) -> tuple[Tensor, Tensor]:
     mse_scale, ce_scale, temperature, tau, gamma = numbers_5.unbind()
     input_RC, target_RC = input_RC.to(numbers_5.dtype), target_RC.to(numbers_5.dtype)
-    # Both terms are blind to a shift of a row; after this one no difference is large by an offset.
-    input_RC = input_RC - input_RC.amax(1, keepdim=True)
-    target_RC = target_RC - target_RC.amax(1, keepdim=True)
 
-    logits_RC = input_RC / temperature
+    logits_RC = (input_RC - input_RC.amax(1, keepdim=True)) / temperature
     exp_RC = logits_RC.exp()
     sum_R1 = exp_RC.sum(1, keepdim=True)
     label_RC = torch.softmax(target_RC / temperature, 1)
     ce_R = sum_R1.log().squeeze(1) - (label_RC * logits_RC).sum(1)
 
     weights_RC, total_R1 = _weights(target_RC, label_RC, weights_RC, tau, gamma, source, powered)
-    # The mean is taken out twice: rounding leaves eps mu after the first time.
+    # Of the logits themselves, whose difference is exact where they are nearly equal. The mean is
+    # taken out twice: rounding leaves eps mu after the first time.
     centred_RC = target_RC - input_RC
     total = 1.0 if total_R1 is None else total_R1
     divisor = 1.0 if total_R1 is None else torch.where(total_R1 == 0, 1.0, total_R1)

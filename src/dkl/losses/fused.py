@@ -26,7 +26,7 @@ from dkl.losses.hand_out import (
     run_backend,
     table_version,
 )
-from dkl.losses.row_kernel import RowOptions, RowWeights
+from dkl.losses.row_kernel import RowOptions, RowWeights, Scale
 from dkl.losses.rows import compute_dtype
 
 _FEW_ELEMENTS = 1 << 17  # below, the dispatch of the registered operator costs more than it brings
@@ -177,16 +177,18 @@ class _HandOut(torch.autograd.Function):
 
 
 def _flat(input: Tensor, target: Tensor, problem: Problem) -> tuple[Any, ...]:
-    mse_scale, ce_scale = problem.scales
     dtype, device = compute_dtype(input, target), input.device
-    if isinstance(mse_scale, Tensor) or isinstance(ce_scale, Tensor):
-        pair = (torch.as_tensor(x, dtype=dtype, device=device) for x in (mse_scale, ce_scale))
-        scales_2 = torch.stack([*pair])
-    else:
-        scales_2 = torch.tensor((mse_scale, ce_scale), dtype=dtype, device=device)
+    scales_2 = torch.stack([_scalar(x, dtype, device) for x in problem.scales])
     weights, counted_N = problem.weights, problem.counted_N
     tensors = (weights.class_probs, weights.class_table, weights.labels_N, counted_N, scales_2)
     return input, target, *tensors, *problem.options, problem.summed, problem.backend
+
+
+def _scalar(value: Scale, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor without dimensions; filled, since a copy to a device would wait for it."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def _problem(arguments: Sequence[Any]) -> Problem:

@@ -9,13 +9,12 @@ scaler's factor reaches them, and ``create_graph``, where the ``reference`` form
 derivative.
 """
 
-import contextlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dkl.losses.backends import row_kernel
+from dkl.losses.backends import fastest_backend, row_kernel
 from dkl.losses.formula import reference_loss
 from dkl.losses.row_kernel import LossOptions, RowOptions, RowResult, RowWeights, Scale
 
@@ -134,11 +133,11 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
         return (gradient * upstream).to(gradient.dtype)
     if upstream.ndim == 0 and is_one(upstream):
         return gradient
-    if upstream.ndim == 0 and gradient.is_cuda and gradient.is_contiguous():
-        with contextlib.suppress(ImportError):
-            from dkl.losses.triton_kernels import scale_gradient_
+    on_gpu = gradient.is_cuda and gradient.is_contiguous() and upstream.ndim == 0
+    if on_gpu and fastest_backend(gradient.device) == "triton":
+        from dkl.losses.triton_kernels import scale_gradient_
 
-            return scale_gradient_(gradient, upstream)  # reads nothing where upstream is one
+        return scale_gradient_(gradient, upstream)  # reads nothing where upstream is one
     return gradient.mul_(upstream)
 
 
