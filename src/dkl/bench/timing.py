@@ -75,6 +75,7 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time functions in turns: each once per round, the order rotated from round to round.
 
+    Memory is freed once before, so that the C library has settled as in a process that trains.
     A function that is shorter than a millisecond is called several times within one timing, as
     often in every round; the timing is per call. Garbage is collected between rounds, not in them.
 
@@ -102,6 +103,7 @@ def interleaved(
             f"functions, rounds={rounds} and warmup={warmup}"
         )
     wait = _waiter(device)
+    _grow_heap()
     for _ in range(warmup):
         for function in functions.values():
             function()
@@ -117,6 +119,16 @@ def interleaved(
                     elapsed = _seconds(functions[name], calls[name], wait)
                     seconds[name].append(elapsed / calls[name])
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def _grow_heap() -> None:
+    """Let the C library keep memory that is freed, as it does in any process that trains.
+
+    Until a tensor of some megabytes has been freed, glibc gives memory back to the system after
+    every small one, and what is timed is page faults. 32 MiB is the largest size that it learns.
+    """
+    for _ in range(2):
+        torch.zeros(31 << 20, dtype=torch.uint8)
 
 
 def ratios(timings: Mapping[str, Timing], baseline: str) -> dict[str, tuple[float, float, float]]:

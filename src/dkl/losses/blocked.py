@@ -3,6 +3,8 @@
 No compiler is needed. The formula is that of ``row_kernel.py``; R rows of a block, C classes.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,9 @@ from dkl.losses.row_kernel import RowOptions, RowResult, RowWeights, Scale
 _FEW_CLASSES = 32
 """Below this rows are processed as columns: PyTorch's softmax over a short last dimension costs as
 much as ten softmaxes of the same size over the first one."""
+
+Buffers = Sequence[Tensor | None]
+"""Where results may be written; None for new memory."""
 
 
 def decoupled_rows(
@@ -26,9 +31,28 @@ def decoupled_rows(
     upstream_N: Tensor | None = None,
 ) -> RowResult:
     """Return rows and gradients; the arguments are those of ``run_blocks``."""
+    scratch = _Scratch()
+
+    def compute(block: Block) -> tuple[Tensor, Tensor]:
+        return _compute(block, scratch)
+
     return run_blocks(
-        _compute, input, target, weights, counted_N, scales, options, needs, upstream_N=upstream_N
+        compute, input, target, weights, counted_N, scales, options, needs, upstream_N=upstream_N
     )
+
+
+class _Scratch:
+    """Four buffers that blocks share: new memory for each would be handed out page by page."""
+
+    def __init__(self) -> None:
+        self.buffers_4E: Tensor | None = None
+
+    def like(self, block: Tensor) -> Sequence[Tensor]:
+        """Return four tensors of the shape of a block."""
+        size = block.numel()
+        if self.buffers_4E is None or self.buffers_4E.shape[1] < size:
+            self.buffers_4E = block.new_empty(4, size)
+        return [buffer_E[:size].view(block.shape) for buffer_E in self.buffers_4E]
 
 
 def decoupled_sum(
@@ -51,7 +75,8 @@ def decoupled_sum(
         input, target = input.t().contiguous(), target.t().contiguous()
         given = None if given is None else given.t().contiguous()
     label, log_prediction = _soft_labels(input, target, temperature, dim)
-    pull, centred = _pull(input, target, *_weights(given, target, label, options, dim), dim)
+    weights_and_sums = _weights(given, target, label, options, dim)
+    pull, centred = _pull(input, target, *weights_and_sums, dim)
     # u = -b p / T has the sum -b / T over the classes, so that the backward of log softmax,
     # u - q sum(u), is b (q - p) / T in one pass.
     label.mul_(ce_scale * (-1.0 / temperature))
@@ -71,9 +96,9 @@ def decoupled_sum(
     return value, input_gradient, target_gradient
 
 
-def _compute(block: Block) -> tuple[Tensor, Tensor]:
+def _compute(block: Block, scratch: _Scratch) -> tuple[Tensor, Tensor]:
     if block.input_RC.shape[1] >= _FEW_CLASSES:
-        return _formula(block, 1)
+        return _formula(block, 1, scratch)
     input_RC, target_RC, weights_RC, mse_scale, ce_scale, options, *gradients = block
     turned = Block(
         input_RC.t().contiguous(),
@@ -84,21 +109,26 @@ def _compute(block: Block) -> tuple[Tensor, Tensor]:
         options,
         *(None if x is None else x.t() for x in gradients),
     )
-    return _formula(turned, 0)
+    return _formula(turned, 0, scratch)
 
 
-def _formula(block: Block, dim: int) -> tuple[Tensor, Tensor]:
+def _formula(block: Block, dim: int, scratch: _Scratch) -> tuple[Tensor, Tensor]:
     """Compute a block whose classes are in dimension ``dim``."""
     input, target, given, mse_scale, ce_scale, options, input_gradient, target_gradient = block
-    label, log_prediction = _soft_labels(input, target, options.temperature, dim)
-    ce = torch.linalg.vecdot(label, log_prediction, dim=dim).neg_()
-    pull, centred = _pull(input, target, *_weights(given, target, label, options, dim), dim)
-    mse = torch.linalg.vecdot(pull, centred, dim=dim).mul_(0.5)
+    first, second, third, fourth = scratch.like(input)
+    label, log_prediction = _soft_labels(
+        input, target, options.temperature, dim, (first, second, third)
+    )
+    ce = torch.mul(label, log_prediction, out=third).sum(dim).neg_()
+    weights, total = _weights(given, target, label, options, dim)
+    pull, centred = _pull(input, target, weights, total, dim, (third, fourth))
+    mse = centred.mul_(pull).sum(dim).mul_(0.5)
     if target_gradient is not None:
         torch.mul(pull, mse_scale, out=target_gradient)
     if input_gradient is not None:
         label.mul_(ce_scale * (-1.0 / options.temperature))  # b (q - p) / T, as above
-        found = torch._log_softmax_backward_data(label, log_prediction, dim, label.dtype)
+        found = input_gradient if input_gradient.is_contiguous() else centred
+        torch._log_softmax_backward_data(label, log_prediction, dim, label.dtype, out=found)
         if not options.break_asymmetry:
             input_gradient.copy_(found)
         elif isinstance(mse_scale, Tensor):
@@ -109,32 +139,42 @@ def _formula(block: Block, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _soft_labels(
-    input: Tensor, target: Tensor, temperature: float, dim: int
+    input: Tensor, target: Tensor, temperature: float, dim: int, out: Buffers = (None, None, None)
 ) -> tuple[Tensor, Tensor]:
     """Return p = softmax(m / T) and log q = log softmax(n / T)."""
     if temperature != 1.0:
-        input, target = input / temperature, target / temperature
-    return torch.softmax(target, dim), torch.log_softmax(input, dim)
+        target = torch.div(target, temperature, out=out[2])
+    label = torch.softmax(target, dim, out=out[0])
+    if temperature != 1.0:
+        input = torch.div(input, temperature, out=out[2])
+    return label, torch.log_softmax(input, dim, out=out[1])
 
 
 def _pull(
-    input: Tensor, target: Tensor, weights: Tensor, total: Tensor | None, dim: int
+    input: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    total: Tensor | None,
+    dim: int,
+    out: Buffers = (None, None),
 ) -> tuple[Tensor, Tensor]:
     """Return W w (d - mu) and d - mu; half their inner product is the weighted MSE.
 
     The mean is taken out twice: rounding leaves eps mu after the first time, which is much where
     the classes that have weight lie close together and far from the others.
     """
-    centred = target - input
-    mean = (weights * centred).sum(dim, keepdim=True)
+    centred = torch.sub(target, input, out=out[0])
+    pull = torch.mul(weights, centred, out=out[1])
+    mean = pull.sum(dim, keepdim=True)
     if total is None:
         centred.sub_(mean)
         # w (d - sum_j w_j d_j) is what the backward of softmax computes, in one pass
-        return torch._softmax_backward_data(centred, weights, dim, weights.dtype), centred
+        torch._softmax_backward_data(centred, weights, dim, weights.dtype, grad_input=pull)
+        return pull, centred
     # A row whose weights are all zero contributes zero, not 0/0.
     divisor = total.masked_fill(total == 0, 1.0)
     centred.sub_(mean.div_(divisor))
-    pull = weights * centred
+    torch.mul(weights, centred, out=pull)
     rest = pull.sum(dim, keepdim=True).div_(divisor)
     return pull.addcmul_(weights, rest, value=-1.0).mul_(total), centred
 
