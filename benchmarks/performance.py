@@ -19,7 +19,11 @@ from dkl.bench.rows import BenchRow, read_rows
 
 ROOT = Path(__file__).parents[1]
 TABLES = ("losses", "linear", "train", "evaluate")
-EXTRA = {"train": ("--options", "contiguous,bf16")}
+EXTRA = {
+    "linear": ("--rounds", "5"),
+    "train": ("--options", "contiguous,bf16", "--batch-size", "32", "--rounds", "3"),
+    "evaluate": ("--images", "64"),
+}
 PAGE = ROOT / "docs" / "performance.md"
 FIGURES = ROOT / "docs" / "figures"
 START, END = "<!-- measured: start -->", "<!-- measured: end -->"

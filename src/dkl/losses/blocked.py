@@ -45,14 +45,15 @@ class _Scratch:
     """Four buffers that blocks share: new memory for each would be handed out page by page."""
 
     def __init__(self) -> None:
-        self.buffers_4E: Tensor | None = None
+        self.buffers: Sequence[Tensor] = ()
 
     def like(self, block: Tensor) -> Sequence[Tensor]:
-        """Return four tensors of the shape of a block."""
-        size = block.numel()
-        if self.buffers_4E is None or self.buffers_4E.shape[1] < size:
-            self.buffers_4E = block.new_empty(4, size)
-        return [buffer_E[:size].view(block.shape) for buffer_E in self.buffers_4E]
+        """Return four tensors of the shape of a block; the first block is the largest."""
+        if not self.buffers:
+            self.buffers = block.new_empty(4, *block.shape).unbind()
+        if self.buffers[0].shape == block.shape:
+            return self.buffers
+        return [buffer.view(-1)[: block.numel()].view(block.shape) for buffer in self.buffers]
 
 
 def decoupled_sum(
