@@ -50,7 +50,7 @@ class _Scratch:
     def like(self, block: Tensor) -> Sequence[Tensor]:
         """Return four tensors of the shape of a block; the first block is the largest."""
         if not self.buffers:
-            self.buffers = block.new_empty(4, *block.shape).unbind()
+            self.buffers = [block.new_empty(block.shape) for _ in range(4)]
         if self.buffers[0].shape == block.shape:
             return self.buffers
         return [buffer.view(-1)[: block.numel()].view(block.shape) for buffer in self.buffers]
@@ -80,11 +80,12 @@ def decoupled_sum(
     pull, centred = _pull(input, target, *weights_and_sums, dim)
     # u = -b p / T has the sum -b / T over the classes, so that the backward of log softmax,
     # u - q sum(u), is b (q - p) / T in one pass.
-    label.mul_(ce_scale * (-1.0 / temperature))
-    terms = torch.mul(label, log_prediction)
-    value = terms.addcmul_(pull, centred, value=0.5 * mse_scale / temperature).sum()
-    if temperature != 1.0:
-        value.mul_(temperature)
+    if temperature == 1.0:
+        terms = torch.mul(label.mul_(-ce_scale), log_prediction)
+    else:
+        terms = torch.mul(label, log_prediction).mul_(-ce_scale)
+        label.mul_(-ce_scale / temperature)
+    value = terms.addcmul_(pull, centred, value=0.5 * mse_scale).sum()
     input_gradient = target_gradient = None
     if needs[0]:
         input_gradient = torch._log_softmax_backward_data(label, log_prediction, dim, label.dtype)
