@@ -239,10 +239,22 @@ def test_second_derivatives_are_right(backend: str, shape: tuple[int, ...]) -> N
         pair = [x.requires_grad_() for x in logits(*shape)]
         loss = gkl_loss(*pair, gamma=0.5, backend=name, reduction="none")
         first = torch.autograd.grad(loss.square().sum(), pair, create_graph=True)
+        assert all(gradient.requires_grad for gradient in first)
         total = sum((g * w).sum() for g, w in zip(first, weights, strict=True))
         found.append(torch.autograd.grad(total, pair))
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+@QUICK
+def test_second_derivatives_without_keeping_the_graph(backend: str) -> None:
+    pair = [x.requires_grad_() for x in logits(4, 6)]
+    found = []
+    for retain_graph in (False, True):
+        loss = ikl_loss(*pair, backend=backend)
+        (first,) = torch.autograd.grad(loss, pair[:1], create_graph=True, retain_graph=retain_graph)
+        found.append(torch.autograd.grad(first.square().sum(), pair[0])[0])
+    assert torch.equal(*found)
 
 
 def test_float16_gradients_under_a_loss_scale_do_not_vanish() -> None:
