@@ -14,7 +14,7 @@ from torch import Tensor
 from dkl.losses.backends import BACKENDS, choose_backend, fastest_backend, row_kernel
 from dkl.losses.decoupled import decoupled_kl_loss
 from dkl.losses.formula import reference_loss
-from dkl.losses.hand_out import graph_is_kept
+from dkl.losses.hand_out import scaled
 from dkl.losses.reduction import keep_counted, num_counted, reduce_rows, safe_divisor
 from dkl.losses.row_kernel import LossOptions, LossTerms, RowKernel, Scale
 from dkl.losses.rows import NO_LABEL, counted_rows
@@ -289,18 +289,9 @@ class _ChunkedLoss(torch.autograd.Function):
         if ctx.per_row:
             gradients = ctx.run(gradients, ctx.sweep._replace(factor_N=upstream)).gradients
         else:
-            gradients = [None if x is None else _scaled(x, upstream) for x in gradients]
+            gradients = [None if x is None else scaled(x, upstream) for x in gradients]
         pairs = zip(gradients, ctx.dtypes, strict=True)
         return None, None, None, *(None if x is None else x.to(dtype) for x, dtype in pairs)
-
-
-def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """Return gradient times upstream, in the same memory unless it is needed again."""
-    if graph_is_kept():  # what is handed out becomes the user's, who may add to it
-        return gradient * upstream
-    if upstream.device.type == "cpu" and bool(upstream == 1):
-        return gradient
-    return gradient.mul_(upstream)
 
 
 def chunked_loss(

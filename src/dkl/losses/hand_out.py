@@ -117,12 +117,12 @@ def hand_out(
         return result.input_gradient, result.target_gradient
     first, second = made
     return (
-        None if first is None else _scaled(first, upstream),
-        None if second is None else _scaled(second, upstream),
+        None if first is None else scaled(first, upstream),
+        None if second is None else scaled(second, upstream),
     )
 
 
-def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     """Return gradient times upstream: the same memory if nothing else can need it any more."""
     if upstream.ndim == 1:
         shape = (gradient.shape[0], 1, *gradient.shape[2:])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
+from dkl.losses.blocks import sum_weights
 from dkl.losses.chunks import (
     HeadOptions,
     HeadRows,
@@ -28,7 +29,7 @@ from dkl.losses.chunks import (
     without_autocast,
 )
 from dkl.losses.decoupled import DecoupledParts
-from dkl.losses.row_kernel import LossOptions, RowKernel, RowOptions, RowWeights
+from dkl.losses.row_kernel import NO_WEIGHTS, LossOptions, RowKernel, RowOptions
 from dkl.losses.rows import NO_LABEL, check_number
 
 
@@ -155,7 +156,7 @@ def _sweep_heads(
         result = kernel(
             input_rows.logits(chunk),
             target_rows.logits(chunk),
-            RowWeights(),
+            NO_WEIGHTS,
             None if options.counted_N is None else options.counted_N[chunk],
             sweep.scales,
             options.rows,
@@ -180,14 +181,11 @@ def _weight_sums(
 ) -> Tensor:
     """Return W = sum_j softmax(m / tau)_j^gamma of each row [N], for D; costs one product."""
     chunk_rows = rows_per_chunk(tensors[0], tensors[1].shape[0], chunk_size)
-    gamma, tau = options.gamma, options.weight_temperature
     with torch.no_grad(), without_autocast(tensors[0].device):
         rows = HeadRows(tensors, head, (False, False, False), chunk_rows)
         sums_N = torch.empty(len(tensors[0]), dtype=rows.exact, device=tensors[0].device)
         for chunk in chunks_of(sums_N.shape[0], chunk_rows):
-            logits_RV = rows.logits(chunk).to(rows.exact) / tau
-            normaliser_R = logits_RV.logsumexp(1)
-            sums_N[chunk] = (logits_RV.mul_(gamma).logsumexp(1) - gamma * normaliser_R).exp()
+            sums_N[chunk] = sum_weights(rows.logits(chunk), NO_WEIGHTS, None, options)
     return sums_N
 
 
@@ -326,7 +324,7 @@ def linear_ikl_loss(
     _check_pair(input_hidden, input_weight, target_hidden, target_weight)
     rows = choose_rows("input_hidden", input_hidden, mask, labels, ignore_index)
     options = LossOptions(
-        RowWeights(),
+        NO_WEIGHTS,
         rows.counted_N,
         RowOptions(temperature, weight_temperature, gamma, break_asymmetry),
         mse_weight,
