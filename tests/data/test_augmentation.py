@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dkl.data import Draw, basic_augment
+from dkl.data import Draw, auto_augment, basic_augment, compose, cutout, make_augment
 
 
 def fixed_draw(uniform_BK: Tensor) -> Draw:
@@ -115,3 +115,67 @@ def test_bad_settings_and_inputs_are_explained() -> None:
         augment(torch.zeros(2, 1, 4, 8), lambda k: torch.rand(2, k))
     with pytest.raises(ValueError, match=r"one row for each of the 2 images.*got \(3, 3\)"):
         augment(torch.zeros(2, 1, 8, 8), lambda k: torch.rand(3, k))
+
+
+def rows_by_sample(seeds: list[int]) -> Draw:
+    """Draw like the loop: the numbers of a sample are a function of the sample and the call."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def draw(k: int) -> Tensor:
+        return torch.stack([torch.rand(k, generator=one) for one in generators])
+
+    return draw
+
+
+def test_composed_augmentations_run_in_order_on_draws_of_their_own() -> None:
+    images = torch.rand(6, 3, 8, 8)
+    seeds = list(range(6))
+    got = compose(basic_augment(2), cutout(3), basic_augment(1))(images, rows_by_sample(seeds))
+    draw = rows_by_sample(seeds)
+    expected = basic_augment(1)(cutout(3)(basic_augment(2)(images, draw), draw), draw)
+    assert torch.equal(got, expected)
+    with pytest.raises(ValueError, match="at least one augmentation"):
+        compose()
+
+
+@pytest.mark.parametrize("policy", [False, True])
+@pytest.mark.parametrize("size", [None, 4])
+@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_recipe_is_policy_crop_flip_cutout(
+    policy: bool, size: int | None, padding: int, flip: bool
+) -> None:
+    images = (torch.rand(6, 3, 8, 8) * 255).round() / 255
+    seeds = list(range(6))
+    augment = make_augment(padding=padding, flip=flip, auto_augment=policy, cutout=size)
+    draw, expected = rows_by_sample(seeds), images
+    if policy:
+        expected = auto_augment()(expected, draw)
+    expected = basic_augment(padding, "zeros", flip)(expected, draw)
+    if size is not None:
+        expected = cutout(size)(expected, draw)
+    if augment is None:
+        assert (policy, size, padding, flip) == (False, None, 0, False)
+    else:
+        assert torch.equal(augment(images, rows_by_sample(seeds)), expected)
+
+
+def test_a_whole_recipe_does_not_depend_on_the_batch() -> None:
+    augment = make_augment(padding=2, padding_mode="reflect", auto_augment=True, cutout=4)
+    assert augment is not None
+    images = (torch.rand(9, 1, 8, 8) * 255).round() / 255
+    whole = augment(images, rows_by_sample(list(range(9))))
+    parts = [
+        augment(images[first : first + 4], rows_by_sample(list(range(first, min(first + 4, 9)))))
+        for first in (0, 4, 8)
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_recipe_refuses_what_its_parts_refuse() -> None:
+    with pytest.raises(ValueError, match="padding must be 0 or more"):
+        make_augment(padding=-1)
+    with pytest.raises(ValueError, match="size must be 1 or more"):
+        make_augment(cutout=0)
+    with pytest.raises(ValueError, match="'zeros' or 'reflect'"):
+        make_augment(padding=0, flip=False, padding_mode="edge")  # type: ignore[arg-type]

@@ -1,11 +1,13 @@
 """Data sets by name."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import dkl.data
 from dkl.data import DATASETS, load_data
 
 
@@ -49,3 +51,26 @@ def test_importing_the_package_needs_torch_alone() -> None:
         "import dkl.data"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_what_needs_numpy_says_so() -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['numpy', 'PIL', 'torchvision']))\n"
+        "import dkl.data\n"
+        "for name in ('GeneratedImages', 'MixedSource', 'convert_npz', 'auto_augment'):\n"
+        "    try:\n"
+        "        getattr(dkl.data, name)() and print('made', name)\n"
+        "    except ImportError as error:\n"
+        "        print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        assert re.search(
+            r"needs (numpy|torchvision); install it by: pip install 'dkl\[train\]'", line
+        )
+    with pytest.raises(AttributeError, match="no attribute 'GenerateImages'"):
+        _ = dkl.data.GenerateImages

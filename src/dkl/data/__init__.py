@@ -1,11 +1,28 @@
-"""Image data: uint8 images held in memory, batch sources, augmentation of whole batches."""
+"""Image data: in memory and on disk, batch sources, augmentation of whole batches.
 
-from dkl.data.augmentation import Augment, Draw, basic_augment
+``import dkl.data`` needs torch alone; what reads and writes npz files is imported on first use and
+needs numpy.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dkl.data.augmentation import basic_augment, compose, make_augment
+from dkl.data.auto_augment import auto_augment
+from dkl.data.cutmix import cutmix
+from dkl.data.cutout import cutout
 from dkl.data.dataset_source import DatasetSource
+from dkl.data.draws import Augment, Draw
 from dkl.data.images import ImageData
 from dkl.data.loading import DATASETS, load_data
 from dkl.data.lookup import DatasetNotFoundError
 from dkl.data.splits import split_validation
+
+if TYPE_CHECKING:
+    from dkl.data.carmon import convert_carmon
+    from dkl.data.generated import GeneratedImages
+    from dkl.data.mixing import MixedSource
+    from dkl.data.npz_files import convert_npz, write_npz
 
 __all__ = [
     "DATASETS",
@@ -13,8 +30,38 @@ __all__ = [
     "DatasetNotFoundError",
     "DatasetSource",
     "Draw",
+    "GeneratedImages",
     "ImageData",
+    "MixedSource",
+    "auto_augment",
     "basic_augment",
+    "compose",
+    "convert_carmon",
+    "convert_npz",
+    "cutmix",
+    "cutout",
     "load_data",
+    "make_augment",
     "split_validation",
+    "write_npz",
 ]
+
+_MODULES_WITH_NUMPY = {
+    "GeneratedImages": "generated",
+    "MixedSource": "mixing",
+    "convert_carmon": "carmon",
+    "convert_npz": "npz_files",
+    "write_npz": "npz_files",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES_WITH_NUMPY:
+        raise AttributeError(f"module 'dkl.data' has no attribute {name!r}")
+    try:
+        module = import_module(f"dkl.data.{_MODULES_WITH_NUMPY[name]}")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"dkl.data.{name} needs {error.name}; install it by: pip install 'dkl[train]'"
+        ) from error
+    return getattr(module, name)

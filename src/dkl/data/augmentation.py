@@ -1,20 +1,17 @@
-"""Augmentation of whole batches on the images' device, driven by given random numbers.
+"""The usual augmentation of whole batches on the images' device, and how several are chained.
 
 Legend: B samples, C channels, H height, W width.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Draw = Callable[[int], Tensor]
-"""``draw(k)`` gives fresh uniform numbers in [0, 1) of shape [B, k], one row per sample."""
-
-Augment = Callable[[Tensor, Draw], Tensor]
-"""Takes images [B, C, H, W] of floats in [0, 1] and a ``Draw``; returns images of that shape."""
+from dkl.data.auto_augment import auto_augment as apply_policy
+from dkl.data.cutout import cutout as cut_square
+from dkl.data.draws import Augment, Draw, check_images, draw_rows, pick
 
 
 def basic_augment(
@@ -61,17 +58,88 @@ def basic_augment(
         _check_images(images_BCHW, padding if padding_mode == "reflect" else 0)
         if num_draws == 0:
             return images_BCHW
-        uniform_BK = draw(num_draws)
-        if tuple(uniform_BK.shape) != (images_BCHW.shape[0], num_draws):
-            raise ValueError(
-                f"draw({num_draws}) must give one row for each of the {images_BCHW.shape[0]} "
-                f"images, [{images_BCHW.shape[0]}, {num_draws}]; got {tuple(uniform_BK.shape)}."
-            )
+        uniform_BK = draw_rows(draw, images_BCHW.shape[0], num_draws)
         mode = "constant" if padding_mode == "zeros" else "reflect"
         padded_BCHW = F.pad(images_BCHW, (padding,) * 4, mode=mode)
         return _window(padded_BCHW, uniform_BK, padding, flip)
 
     return augment
+
+
+def compose(*augments: Augment) -> Augment:
+    """Chain augmentations: each one gets what the one before it returns.
+
+    Each draws from ``draw`` in its turn, so that a sample's result is still a function of its own
+    numbers alone.
+
+    Args:
+        augments: at least one.
+
+    Returns:
+        A function of (images [B, C, H, W], draw) that returns the last one's images.
+
+    Raises:
+        ValueError: nothing to chain.
+
+    Example:
+        >>> both = compose(lambda images, draw: images / 2, lambda images, draw: 1 - images)
+        >>> both(torch.ones(1, 1, 1, 1), lambda k: torch.rand(1, k)).item()
+        0.5
+    """
+    if not augments:
+        raise ValueError("compose needs at least one augmentation; got none.")
+    if len(augments) == 1:
+        return augments[0]
+
+    def augment(images_BCHW: Tensor, draw: Draw) -> Tensor:
+        for one in augments:
+            images_BCHW = one(images_BCHW, draw)
+        return images_BCHW
+
+    return augment
+
+
+def make_augment(
+    *,
+    padding: int = 4,
+    padding_mode: Literal["zeros", "reflect"] = "zeros",
+    flip: bool = True,
+    auto_augment: bool = False,
+    cutout: int | None = None,
+) -> Augment | None:
+    """Make the augmentation of a recipe: policy, then crop and mirror, then cutout.
+
+    The order is DAJAT's (Addepalli et al. 2022) for the policy and DeVries and Taylor's (2017) for
+    cutout, whose black square is neither moved nor coloured.
+
+    Args:
+        padding: of ``basic_augment``.
+        padding_mode: of ``basic_augment``.
+        flip: of ``basic_augment``.
+        auto_augment: whether torchvision's CIFAR-10 policy comes first; see ``auto_augment``.
+        cutout: side of a black square in pixels; None for none.
+
+    Returns:
+        The augmentation, or None where all of it is turned off.
+
+    Raises:
+        ValueError: a setting is out of range.
+        ImportError: torchvision is missing and the policy is wanted.
+
+    Example:
+        >>> make_augment(padding=0, flip=False) is None
+        True
+        >>> augment = make_augment(padding=0, flip=False, cutout=9)
+        >>> augment(torch.ones(1, 1, 4, 4), lambda k: torch.zeros(1, k)).sum().item()
+        0.0
+    """
+    basic = basic_augment(padding, padding_mode, flip)
+    augments = [apply_policy()] if auto_augment else []
+    if padding or flip:
+        augments.append(basic)
+    if cutout is not None:
+        augments.append(cut_square(cutout))
+    return compose(*augments) if augments else None
 
 
 def _window(padded_BCHW: Tensor, uniform_BK: Tensor, padding: int, flip: bool) -> Tensor:
@@ -85,8 +153,7 @@ def _window(padded_BCHW: Tensor, uniform_BK: Tensor, padding: int, flip: bool) -
         mirrored_B1 = uniform_BK[:, -1:] < 0.5
         columns_BW = torch.where(mirrored_B1, columns_BW.flip(1), columns_BW)
     if padding:
-        # Rounding may give 2 padding + 1 itself for numbers next to 1.
-        offsets_B2 = (uniform_BK[:, :2] * (2 * padding + 1)).long().clamp(max=2 * padding)
+        offsets_B2 = pick(uniform_BK[:, :2], 2 * padding + 1)
         rows_BH = rows_BH + offsets_B2[:, :1]
         columns_BW = columns_BW + offsets_B2[:, 1:]
     positions_BP = (rows_BH[:, :, None] * padded_width + columns_BW[:, None, :]).flatten(1)
@@ -96,11 +163,7 @@ def _window(padded_BCHW: Tensor, uniform_BK: Tensor, padding: int, flip: bool) -
 
 
 def _check_images(images: Tensor, reflected: int) -> None:
-    if images.ndim != 4 or not images.is_floating_point():
-        raise ValueError(
-            f"images must be floats in [0, 1] of shape [B, C, H, W]; got {images.dtype} of shape "
-            f"{tuple(images.shape)}. Turn uint8 into images.float() / 255."
-        )
+    check_images(images)
     if reflected >= min(images.shape[2:]) and reflected > 0:
         raise ValueError(
             f"reflection by {reflected} pixels needs images larger than that; got "
