@@ -12,9 +12,9 @@ from torch import nn
 
 from dkl.models import create_model
 
-GOLDEN = json.loads(
-    Path(__file__).parents[1].joinpath("golden", "robust_architectures.json").read_text()
-)
+GOLDEN_FOLDER = Path(__file__).parents[1] / "golden"
+GOLDEN = json.loads((GOLDEN_FOLDER / "robust_architectures.json").read_text())
+GOLDEN_DISTILLATION = json.loads((GOLDEN_FOLDER / "architectures.json").read_text())
 # One small member of every family.
 SMALL_MODELS = [
     ("convnet_small", {"width": 4}),
@@ -22,14 +22,40 @@ SMALL_MODELS = [
     ("preact_resnet18", {"width": 4}),
     ("wrn_10_1", {"dropout": 0.1}),
     ("wrn_16_2", {}),
+    ("wrn_10_1_silu", {}),
+    ("wrn_16_2_silu", {"batch_norm_momentum": 0.1}),
+    ("resnet18_cifar", {"width": 4}),
+    ("resnet18_cifar", {"width": 4, "strides": [1, 1, 2, 2]}),
 ]
 
 
-@pytest.mark.parametrize("name", ["wrn_34_10", "wrn_34_20"])
+def fill(model):
+    """Give a model the weights that the golden probes were computed with."""
+    for position, (name, value) in enumerate(model.state_dict().items()):
+        if not value.is_floating_point():
+            continue
+        flat = torch.arange(value.numel(), dtype=torch.float64)
+        wave = torch.sin(12.9898 * flat + 78.233 * position) * 43758.5453
+        noise = 2 * (wave - wave.floor()) - 1
+        if name.endswith("running_var") or (value.dim() == 1 and name.endswith("weight")):
+            noise = 1 + 0.2 * noise
+        elif value.dim() == 1:
+            noise = 0.05 * noise
+        else:
+            noise = noise * math.sqrt(3 / value[0].numel())
+        value.copy_(noise.view_as(value))
+    return model.double().eval()
+
+
+def probe_images():
+    return torch.sin(0.013 * torch.arange(2 * 3 * 32 * 32)).view(2, 3, 32, 32).double()
+
+
+@pytest.mark.parametrize("name", ["wrn_34_10", "wrn_34_20", "wrn_28_10_silu"])
 def test_wide_resnets_have_the_published_names_and_shapes_in_order(name):
     golden = GOLDEN[name]
     with torch.device("meta"):
-        model = create_model(name, num_classes=golden["fc.bias"][0])
+        model = create_model(name, num_classes=list(golden.values())[-1][0])
     state = model.state_dict()
     assert [(key, list(value.shape)) for key, value in state.items()] == list(golden.items())
 
@@ -45,38 +71,134 @@ def test_wide_resnets_have_the_published_sizes(name, num_parameters):
 
 def test_wide_resnet_computes_what_the_reference_implementation_computes():
     """Logits of the distillation literature's wrn_16_1 with weights from a closed formula."""
-    model = create_model("wrn_16_1", num_classes=100)
-    for position, (name, value) in enumerate(model.state_dict().items()):
-        if not value.is_floating_point():
-            continue
-        flat = torch.arange(value.numel(), dtype=torch.float64)
-        wave = torch.sin(12.9898 * flat + 78.233 * position) * 43758.5453
-        noise = 2 * (wave - wave.floor()) - 1
-        if name.endswith("running_var") or (value.dim() == 1 and name.endswith("weight")):
-            noise = 1 + 0.2 * noise
-        elif value.dim() == 1:
-            noise = 0.05 * noise
-        else:
-            noise = noise * math.sqrt(3 / value[0].numel())
-        value.copy_(noise.view_as(value))
-    images = torch.sin(0.013 * torch.arange(2 * 3 * 32 * 32)).view(2, 3, 32, 32).double()
+    model = fill(create_model("wrn_16_1", num_classes=100))
     with torch.no_grad():
-        logits = model.double().eval()(images)
+        logits = model(probe_images())
     first = [-0.39455129800396904, 0.920912843777364, 0.014818668037126281, -1.5153349341711395]
     assert logits[0, :4].tolist() == pytest.approx(first, abs=1e-5)
     assert logits.sum().item() == pytest.approx(-2.6113033139242905, abs=1e-4)
     assert logits.abs().mean().item() == pytest.approx(0.4077136498011187, abs=1e-6)
 
 
-def test_wide_resnet_initialisation():
+@pytest.mark.parametrize("name", ["wrn_70_16_silu", "wrn_70_16", "wrn_34_20"])
+def test_the_largest_can_be_built_without_memory(name):
+    with torch.device("meta"):
+        model = create_model(name, 100, mean=[0.5071, 0.4865, 0.4409], std=[0.2673, 0.2564, 0.2762])
+        assert model(torch.empty(2, 3, 32, 32)).shape == (2, 100)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert all(tensor.is_meta for tensor in tensors)
+    assert [n for n, _ in model.named_buffers() if n not in model.state_dict()] == [
+        "input_mean", "input_std",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["wrn_10_4", "wrn_10_4_silu"])
+def test_wide_resnet_initialisation(name):
     torch.manual_seed(0)
-    model = create_model("wrn_10_4", num_classes=10)
-    conv = model.block3.layer[0].conv2
+    model = create_model(name, num_classes=10)
+    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    last_stage = model.block3.layer if name == "wrn_10_4" else model.layer[2].block
+    conv = [module for module in last_stage.modules() if isinstance(module, nn.Conv2d)][1]
     assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 256)), rel=0.01)
-    assert model.conv1.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 16)), rel=0.1)
-    assert model.fc.bias.abs().max() == 0
-    assert (model.bn1.weight == 1).all()
-    assert (model.bn1.bias == 0).all()
+    assert stem.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 16)), rel=0.1)
+    assert model.get_classifier().bias.abs().max() == 0
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all((norm.weight == 1).all() and (norm.bias == 0).all() for norm in norms)
+
+
+def randomise_batch_norm(module):
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.running_mean, -1, 1)
+            nn.init.uniform_(layer.running_var, 0.5, 1)
+
+
+def convolve_by_hand(inputs, weight, stride, before):
+    """Sum over the nine taps; ``before`` rows and columns of zeros come before the image."""
+    height, width = inputs.shape[2:]
+    out_height, out_width = -(-height // stride), -(-width // stride)
+    padded = inputs.new_zeros(*inputs.shape[:2], height + 4, width + 4)
+    padded[:, :, before : before + height, before : before + width] = inputs
+    total = 0
+    for row in range(3):
+        for column in range(3):
+            rows = torch.arange(out_height) * stride + row
+            columns = torch.arange(out_width) * stride + column
+            taps = padded[:, :, rows][:, :, :, columns]
+            total = total + torch.einsum("nchw,oc->nohw", taps, weight[:, :, row, column])
+    return total
+
+
+@pytest.mark.parametrize("size", [8, 6, 7])
+def test_silu_blocks_by_their_formula(size):
+    """Zeros come after the image only where stride is 2 and the size even, else on both sides."""
+    stage = create_model("wrn_16_1_silu", 10).double().eval().layer[1]
+    randomise_batch_norm(stage)
+    inputs = torch.randn(2, 16, size, size, dtype=torch.float64)
+    first, second = stage.block
+
+    def silu(values):
+        return values / (1 + (-values).exp())
+
+    def branch(block, inputs, stride, before):
+        hidden = silu(block.batchnorm_0(inputs))
+        hidden = convolve_by_hand(hidden, block.conv_0.weight, stride, before)
+        hidden = silu(block.batchnorm_1(hidden))
+        return convolve_by_hand(hidden, block.conv_1.weight, 1, 1)
+
+    activated = silu(first.batchnorm_0(inputs))[:, :, ::2, ::2]
+    shortcut = torch.einsum("nchw,oc->nohw", activated, first.shortcut.weight[:, :, 0, 0])
+    middle = branch(first, inputs, 2, before=size % 2) + shortcut
+    torch.testing.assert_close(stage(inputs), branch(second, middle, 1, 1) + middle)
+
+
+def test_silu_networks_differ_from_symmetric_padding():
+    """The same weights see other pixels, so the families' strided convolutions are not the same."""
+    conv = create_model("wrn_10_1_silu", 10).double().layer[1].block[0].conv_0
+    inputs = torch.randn(1, 16, 8, 8, dtype=torch.float64)
+    symmetric = torch.nn.functional.conv2d(inputs, conv.weight, stride=2, padding=1)
+    shifted = torch.nn.functional.conv2d(inputs[:, :, 1:, 1:], conv.weight, stride=2, padding=1)
+    assert conv(inputs).shape == symmetric.shape
+    assert not torch.allclose(conv(inputs), symmetric)
+    # Away from the border it is the symmetric convolution of the image moved by one pixel.
+    torch.testing.assert_close(conv(inputs)[:, :, 1:3, 1:3], shifted[:, :, 1:3, 1:3])
+
+
+def test_batch_norm_momentum_of_the_silu_family():
+    def momenta(**options):
+        model = create_model("wrn_10_1_silu", 10, **options)
+        return {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+
+    assert momenta() == {0.01}
+    assert momenta(batch_norm_momentum=1) == {1}
+
+
+@pytest.mark.parametrize("strides", [(1, 2, 2, 2), (1, 1, 2, 2)])
+def test_resnet18_has_the_published_names_and_shapes_in_order(strides):
+    golden = GOLDEN_DISTILLATION["ResNet18"]
+    with torch.device("meta"):
+        model = create_model("resnet18_cifar", 100, strides=strides)
+        features = model.forward_features(torch.empty(1, 3, 32, 32))
+    state = model.state_dict()
+    assert [[key, list(value.shape)] for key, value in state.items()] == golden["keys"]
+    assert sum(parameter.numel() for parameter in model.parameters()) == golden["params"]
+    assert features.shape[1:] == ((512, 4, 4) if strides[1] == 2 else (512, 8, 8))
+
+
+def test_resnet18_computes_what_the_reference_implementation_computes():
+    """Logits and features of the distillation literature's ResNet18 with the golden weights."""
+    probe = GOLDEN_DISTILLATION["ResNet18"]["probe"]
+    model = fill(create_model("resnet18_cifar", 100))
+    with torch.no_grad():
+        features = model.forward_features(probe_images())
+        logits = model.forward_head(features)
+    shape, mean, mean_abs = probe["feats"][-1]
+    assert list(features.shape[1:]) == shape
+    assert features.mean().item() == pytest.approx(mean, abs=1e-6)
+    assert features.abs().mean().item() == pytest.approx(mean_abs, abs=1e-6)
+    assert logits[0, :4].tolist() == pytest.approx(probe["logits_first4"], abs=1e-5)
+    assert logits.sum().item() == pytest.approx(probe["logits_sum"], abs=1e-4)
+    assert logits.abs().mean().item() == pytest.approx(probe["logits_absmean"], abs=1e-6)
 
 
 def test_wide_resnet_dropout_acts_in_training_only():
@@ -162,7 +284,8 @@ def test_attributes_and_methods_of_timm(name, options):
     assert (model.num_classes, model.in_chans) == (7, 1)
     features = model.forward_features(images)
     assert features.shape[:2] == (2, model.num_features)
-    assert features.min() >= 0
+    # The least value of SiLU is -0.2785 and of ReLU 0.
+    assert features.min() >= (-0.2785 if name.endswith("silu") else 0)
     pooled = model.forward_head(features, pre_logits=True)
     assert pooled.shape == (2, model.num_features)
     assert torch.equal(model.forward_head(features), model(images))

@@ -11,7 +11,8 @@ from dkl.models import create_model, list_models
 def test_every_listed_model_can_be_built():
     names = list_models()
     assert names == sorted(set(names))
-    assert {"convnet_small", "preact_resnet10", "preact_resnet18", "wrn_34_10"} <= set(names)
+    families = {"convnet_small", "preact_resnet10", "preact_resnet18", "resnet18_cifar"}
+    assert families | {"wrn_34_10", "wrn_34_20", "wrn_70_16", "wrn_28_10_silu"} <= set(names)
     for name in names:
         with torch.device("meta"):
             model = create_model(name, 10, in_channels=1)
@@ -19,10 +20,12 @@ def test_every_listed_model_can_be_built():
 
 
 @pytest.mark.parametrize(("depth", "width"), [(10, 1), (16, 3), (22, 2), (70, 16)])
-def test_wide_resnets_of_any_depth_and_width(depth, width):
+@pytest.mark.parametrize("family", ["", "_silu"])
+def test_wide_resnets_of_any_depth_and_width(depth, width, family):
     with torch.device("meta"):
-        model = create_model(f"wrn_{depth}_{width}", 10)
-    assert len(model.block2.layer) == (depth - 4) // 6
+        model = create_model(f"wrn_{depth}_{width}{family}", 10)
+    blocks = model.layer[1].block if family else model.block2.layer
+    assert len(blocks) == (depth - 4) // 6
     assert model.num_features == 64 * width
 
 
@@ -31,6 +34,8 @@ def test_wide_resnets_of_any_depth_and_width(depth, width):
     [
         ("wrn_35_10", r"6 n \+ 4.*got 35.*34 and 40"),
         ("wrn_4_1", "got 4.*10 and 16"),
+        ("wrn_35_10_silu", "got 35.*34 and 40"),
+        ("wrn_28_10_relu", "did you mean wrn_28_10"),
         ("wrn_34_0", "width must be a positive integer, got 0"),
         ("preact_resnet81", "did you mean preact_resnet18"),
         ("Convnet_Small", "did you mean convnet_small"),
@@ -60,15 +65,23 @@ def test_wrong_arguments(arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "options", "message"),
     [
-        ({"dropout": 1.0}, r"probability in \[0, 1\), got 1.0"),
-        ({"depth": 28}, "wrn_16_1 has no option depth; it takes dropout"),
+        ("wrn_16_1", {"dropout": 1.0}, r"probability in \[0, 1\), got 1.0"),
+        ("wrn_16_1", {"depth": 28}, "wrn_16_1 has no option depth; it takes dropout"),
+        ("wrn_16_1_silu", {"dropout": 0.1}, "has no option dropout; it takes batch_norm_momentum"),
+        ("wrn_16_1_silu", {"batch_norm_momentum": 0}, r"share in \(0, 1\], got 0"),
+        ("wrn_16_1_silu", {"batch_norm_momentum": 1.1}, r"share in \(0, 1\], got 1.1"),
+        ("resnet18_cifar", {"strides": (2, 2, 2)}, r"four numbers, 1 or 2.*got \(2, 2, 2\)"),
+        ("resnet18_cifar", {"strides": (1, 2, 2, 4)}, "four numbers, 1 or 2"),
+        ("resnet18_cifar", {"strides": 2}, "four numbers, 1 or 2.*got 2"),
+        ("resnet18_cifar", {"width": 0}, "width must be a positive integer, got 0"),
+        ("resnet18_cifar", {"depth": 18}, "it takes width, strides"),
     ],
 )
-def test_wrong_options_of_wide_resnets(options, message):
+def test_wrong_options(name, options, message):
     with pytest.raises(ValueError, match=message):
-        create_model("wrn_16_1", 10, **options)
+        create_model(name, 10, **options)
 
 
 @pytest.mark.parametrize("name", ["resnet26", "timm/resnet26", "vit_tiny_patch16_224"])

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from dkl.models.checkpoint_files import CheckpointError, read_state_dict
+from dkl.models.checkpoint_names import SortedEntries, is_unused_layer, sort_entries
 
 __all__ = ["CheckpointError", "load_checkpoint", "save_weights"]
 
 logger = logging.getLogger(__name__)
 
-# Wrappers leave these in front of every name; "module.0." comes from nn.Sequential in DataParallel
-# and must be tried before "module.".
-_PREFIXES = ("module.0.", "module.", "model.", "_orig_mod.")
 _NUM_SHOWN = 5
+# Mean and deviation are published with three or four digits.
+_NORMALIZATION_TOLERANCE = 1e-3
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> list[str]:
@@ -27,20 +27,27 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> list[str]:
 
     Accepted are bare state dicts and those under ``state_dict``, ``model_state_dict``, ``net`` or
     ``model``, with any of the prefixes that DataParallel, torch.compile and wrappers leave. Left
-    out are layers that published checkpoints carry but no forward pass uses: ``sub_block1`` (TRADES
-    and successors) and ``*_auto`` batch-norms (DAJAT). Everything else must fit, except that old
-    files may lack batch-norm's counters ``num_batches_tracked``. Files never run code; the model is
-    changed only if everything fits.
+    out are
+
+    - layers that published checkpoints carry but no forward pass uses: ``sub_block1`` (TRADES and
+      successors) and, unless the model has them, ``*_auto`` batch-norms (DAJAT);
+    - the ``attacker`` of MadryLab's robustness, a copy of the network;
+    - mean and deviation of the input (``mu`` and ``sigma``, ``normalizer.new_mean``, ...), once
+      they have been compared with those that are built into the model.
+
+    Everything else must fit, except that old files may lack batch-norm's counters
+    ``num_batches_tracked``. Files never run code; the model is changed only if everything fits.
 
     Args:
         model: the model to load into, on any device and of any float type.
         path: the file.
 
     Returns:
-        Names in the file that were left out.
+        Names in the file that were left out; the log says why.
 
     Raises:
-        CheckpointError: a ValueError that says why the file cannot be read or does not fit.
+        CheckpointError: a ValueError that says why the file cannot be read or does not fit, or that
+            the network in it normalises its input otherwise than the model does.
 
     Example:
         >>> import tempfile
@@ -58,40 +65,42 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> list[str]:
     if any(value.is_meta for value in expected.values()):
         raise ValueError("the model has no memory (device meta); call model.to_empty(...) first")
     weights = read_state_dict(path)
-    prefix = _common_prefix(weights, expected)
-    dropped, state = [], {}
-    for name, value in weights.items():
-        bare_name = name.removeprefix(prefix)
-        if bare_name not in expected and _is_unused_layer(bare_name):
-            dropped.append(name)
-        else:
-            state[bare_name] = value
-    if problems := _find_problems(expected, state):
+    entries = sort_entries(weights, expected)
+    if problems := _find_problems(expected, entries.state):
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}")
-    model.load_state_dict(state)
-    if prefix:
-        logger.info("%s: removed the prefix %r", path, prefix)
-    if dropped:
-        shown = ", ".join(dropped[:_NUM_SHOWN])
-        logger.warning("%s: left out %d unused entries: %s ...", path, len(dropped), shown)
-    return dropped
+    _check_normalization(path, model, entries)
+    model.load_state_dict(entries.state)
+    if entries.prefix:
+        logger.info("%s: removed the prefix %r", path, entries.prefix)
+    if entries.normalization:
+        shown = ", ".join(entries.normalization)
+        logger.info("%s: left out %s; the model normalises alike", path, shown)
+    if entries.unused:
+        shown = _first(entries.unused)
+        logger.warning("%s: left out %d unused entries: %s", path, len(entries.unused), shown)
+    return entries.left_out
 
 
-def _common_prefix(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """Find the longest chain of wrapper prefixes before every name; none where names fit as is."""
-    prefix = ""
-    while not any(name.removeprefix(prefix) in expected for name in weights):
-        for candidate in _PREFIXES:
-            if all(name.startswith(prefix + candidate) for name in weights):
-                prefix += candidate
-                break
-        else:
-            break
-    return prefix
+def _check_normalization(path: Path, model: nn.Module, entries: SortedEntries) -> None:
+    """Refuse a file whose network sees its input otherwise than the model does."""
+    for name, (statistic, value) in entries.normalization.items():
+        built_in: Tensor | None = getattr(model, f"input_{statistic}", None)
+        neutral = torch.tensor({"mean": 0.0, "std": 1.0}[statistic])
+        ours = (neutral if built_in is None else built_in.detach()).double().cpu().flatten()
+        theirs = value.detach().double().flatten()
+        # One number stands for all channels.
+        fits = len(theirs) == len(ours) or 1 in (len(theirs), len(ours))
+        if not fits or not ((theirs - ours).abs() <= _NORMALIZATION_TOLERANCE).all():
+            own = "does not normalise" if built_in is None else f"uses {_numbers(ours)}"
+            raise CheckpointError(
+                f"{path} is of a network that normalises its input with the {statistic} "
+                f"{_numbers(theirs)} ({name}), and the model {own}; build the model with the mean "
+                "and std of the file: create_model(..., mean=[...], std=[...])"
+            )
 
 
-def _is_unused_layer(name: str) -> bool:
-    return any(part == "sub_block1" or part.endswith("_auto") for part in name.split("."))
+def _numbers(values: Tensor) -> str:
+    return "[" + ", ".join(f"{value:.4g}" for value in values.tolist()) + "]"
 
 
 def _find_problems(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
@@ -103,6 +112,11 @@ def _find_problems(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) 
         name for name in state if name in expected and state[name].shape != expected[name].shape
     ]
     problems = []
+    if missing and all(is_unused_layer(name) for name in missing):
+        problems.append(
+            "the model has auxiliary batch-norm layers and the file has none: load it into the "
+            "plain model and double its layers afterwards (add_dual_batch_norm)"
+        )
     if missing and len(unexpected) == len(state):
         problems.append("no name in the file is one of the model's; is it another architecture?")
     if missing:
@@ -139,13 +153,16 @@ def _hint(here: Tensor, there: Tensor) -> str:
     return ""
 
 
-def save_weights(state: Mapping[str, Tensor], path: str | Path) -> None:
+def save_weights(
+    state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write weights to a safetensors file that is at all times either the old or the new one.
 
     Args:
         state: names and dense tensors of any device and layout; tensors that share memory are
             written once for each name.
         path: the file; its folder is created if needed.
+        metadata: what the file's header says besides, readable without the weights.
 
     Raises:
         ValueError: an entry is not a dense tensor.
@@ -169,7 +186,7 @@ def save_weights(state: Mapping[str, Tensor], path: str | Path) -> None:
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.layout != torch.strided:
             raise ValueError(f"weights must be dense tensors; {name} is {type(value).__name__}")
-    payload = save(_without_sharing(state))
+    payload = save(_without_sharing(state), metadata=None if metadata is None else dict(metadata))
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, because a rename is atomic only inside one file system.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")

@@ -13,6 +13,40 @@ from torch import Tensor, nn
 from dkl.models.classifier import ImageClassifier, check_positive
 
 
+def blocks_per_stage(depth: int) -> int:
+    """Return n of a depth of 6 n + 4: three stages of n blocks with two convolutions each.
+
+    Args:
+        depth: number of layers; 10, 16, 22, 28, 34, 40, ...
+
+    Raises:
+        ValueError: there is no wide ResNet of this depth.
+
+    Example:
+        >>> blocks_per_stage(34)
+        5
+    """
+    check_positive("depth", depth)
+    if depth < 10 or depth % 6 != 4:
+        # The nearest valid depths, so that the message names something that works.
+        below = max(10, depth - (depth - 4) % 6)
+        raise ValueError(
+            f"the depth of a wide ResNet must be 6 n + 4 with n >= 1, got {depth}; "
+            f"the nearest are {below} and {below + 6}"
+        )
+    return (depth - 4) // 6
+
+
+def initialise(model: ImageClassifier) -> None:
+    """Draw convolutions from N(0, 2 / (kernel_size^2 out_channels)); the last bias becomes 0."""
+    # Batch-norm layers start at scale 1 and shift 0 by themselves.
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = math.prod(module.kernel_size) * module.out_channels
+            nn.init.normal_(module.weight, mean=0.0, std=math.sqrt(2 / fan_out))
+    nn.init.zeros_(model.get_classifier().bias)
+
+
 class WideBlock(nn.Module):
     """Batch-norm, ReLU, 3x3 convolution, twice, and a shortcut.
 
@@ -98,34 +132,18 @@ class WideResNet(ImageClassifier):
     def __init__(
         self, num_classes: int, in_channels: int = 3, *, depth: int, width: int, dropout: float = 0
     ) -> None:
-        check_positive("depth", depth)
+        num_blocks = blocks_per_stage(depth)
         check_positive("width", width)
-        if depth < 10 or depth % 6 != 4:
-            # The nearest valid depths, so that the message names something that works.
-            below = max(10, depth - (depth - 4) % 6)
-            raise ValueError(
-                f"the depth of a wide ResNet must be 6 n + 4 with n >= 1, got {depth}; "
-                f"the nearest are {below} and {below + 6}"
-            )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is a probability in [0, 1), got {dropout!r}")
         super().__init__(num_classes, in_channels, 64 * width)
-        num_blocks = (depth - 4) // 6
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.block1 = WideStage(16, 16 * width, num_blocks, 1, dropout)
         self.block2 = WideStage(16 * width, 32 * width, num_blocks, 2, dropout)
         self.block3 = WideStage(32 * width, 64 * width, num_blocks, 2, dropout)
         self.bn1 = nn.BatchNorm2d(64 * width)
         self.fc = nn.Linear(64 * width, num_classes)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        # Batch-norm layers start at scale 1 and shift 0 by themselves.
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                fan_out = math.prod(module.kernel_size) * module.out_channels
-                nn.init.normal_(module.weight, mean=0.0, std=math.sqrt(2 / fan_out))
-        nn.init.zeros_(self.fc.bias)
+        initialise(self)
 
     def get_classifier(self) -> nn.Linear:
         """Return the last layer."""

@@ -13,19 +13,22 @@ from dkl.models.classifier import check_positive
 from dkl.models.convnet import convnet_small
 from dkl.models.normalization import add_normalization
 from dkl.models.preact_resnet import preact_resnet10, preact_resnet18
+from dkl.models.resnet import resnet18_cifar
 from dkl.models.wide_resnet import WideResNet
+from dkl.models.wide_resnet_silu import WideResNetSiLU
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "convnet_small": convnet_small,
     "preact_resnet10": preact_resnet10,
     "preact_resnet18": preact_resnet18,
+    "resnet18_cifar": resnet18_cifar,
 }
-# Any wrn_D_K can be built; these are the ones of the literature's tables.
+# Any wrn_D_K and wrn_D_K_silu can be built; these are the ones of the literature's tables.
 _LISTED_WIDE_RESNETS = (
     "wrn_16_1", "wrn_16_2", "wrn_16_4", "wrn_28_10", "wrn_34_10", "wrn_34_20", "wrn_40_1",
-    "wrn_40_2",
+    "wrn_40_2", "wrn_70_16", "wrn_28_10_silu", "wrn_70_16_silu",
 )  # fmt: skip
-_WIDE_RESNET = re.compile(r"wrn_(\d+)_(\d+)")
+_WIDE_RESNET = re.compile(r"wrn_(\d+)_(\d+)(_silu)?")
 _LOOKS_LIKE_TIMM = re.compile(
     r"(timm/|resnet|resnext|wide_resnet|seresne|res2ne|regnet|rexnet|repvgg|vgg|densenet|dpn"
     r"|inception|xception|efficientnet|tf_|mobilenet|mnasnet|ghostnet|lcnet|hrnet|darknet|dla"
@@ -37,7 +40,8 @@ _LOOKS_LIKE_TIMM = re.compile(
 def list_models() -> list[str]:
     """Return names that ``create_model`` builds without timm, sorted.
 
-    Beside the listed ``wrn_D_K``, every other depth of 6 n + 4 and every width can be built.
+    Beside the listed ``wrn_D_K`` and ``wrn_D_K_silu`` (the family trained on generated data), every
+    other depth D = 6 n + 4 and every width K can be built.
 
     Example:
         >>> "wrn_34_10" in list_models()
@@ -56,8 +60,8 @@ def create_model(
 ) -> nn.Module:
     """Build a classifier whose call ``model(images)`` returns logits [N, num_classes].
 
-    Names of this package come first (``list_models()`` and any ``wrn_D_K``); others, and all that
-    begin with ``timm/``, go to timm when it is installed.
+    Names of this package come first (``list_models()``, any ``wrn_D_K`` and ``wrn_D_K_silu``);
+    others, and all that begin with ``timm/``, go to timm when it is installed.
 
     Args:
         name: such as ``preact_resnet18``, ``wrn_34_10``, ``timm/resnet26`` or ``resnet26``.
@@ -66,7 +70,8 @@ def create_model(
         mean: ``in_channels`` numbers; with ``std``, normalisation is built into the call, so that
             the model takes images in [0, 1]. Neither is saved with the weights.
         std: ``in_channels`` positive numbers.
-        **kwargs: options of the model, such as ``width``, ``dropout`` or timm's ``pretrained``.
+        **kwargs: options of the model, such as ``width``, ``dropout``, ``strides``,
+            ``batch_norm_momentum`` or timm's ``pretrained``.
 
     Returns:
         The model, with ``num_classes``, ``in_chans``, ``num_features``, ``forward_features`` and
@@ -99,7 +104,8 @@ def create_model(
 
 def _own_builder(name: str) -> Callable[..., nn.Module] | None:
     if match := _WIDE_RESNET.fullmatch(name):
-        return partial(WideResNet, depth=int(match[1]), width=int(match[2]))
+        family = WideResNetSiLU if match[3] else WideResNet
+        return partial(family, depth=int(match[1]), width=int(match[2]))
     return _BUILDERS.get(name)
 
 
@@ -141,7 +147,11 @@ def _unknown(name: str, known: list[str], timm_is_missing: bool = False) -> str:
     if nearest := difflib.get_close_matches(wanted, known, n=3):
         message += f"; did you mean {' or '.join(nearest)}?"
     else:
-        message += "; there are " + ", ".join(list_models()) + ", any wrn_D_K, and timm's models"
+        message += (
+            "; there are "
+            + ", ".join(list_models())
+            + ", any wrn_D_K and wrn_D_K_silu, and timm's models"
+        )
     if timm_is_missing and _LOOKS_LIKE_TIMM.match(name):
         message += "; it looks like a timm model, and timm is missing: pip install timm"
     return message
