@@ -1,22 +1,36 @@
-"""Every shipped recipe states its claim, builds at full size, and takes steps on tiny data."""
+"""Every shipped recipe states its claim and builds at full size; each kind takes a few steps.
+
+Full-size networks are built on the meta device, without memory; those that take steps are shrunk.
+"""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dkl.build import evaluate_run, train_recipe, training
+from dkl.build.methods import build_method, build_second_model
 from dkl.build.objects import (
     Splits,
     build_average,
-    build_method,
+    build_mix,
     build_model,
+    build_momentum_schedule,
     build_optimizer,
     build_perturbation,
     build_schedule,
+    build_views,
 )
-from dkl.config import DataSettings, Recipe, list_recipes, load_recipe, recipe_text
-from dkl.data import ImageData, split_validation
+from dkl.config import (
+    DataSettings,
+    ModelSettings,
+    Recipe,
+    list_recipes,
+    load_recipe,
+    recipe_text,
+)
+from dkl.data import ImageData, split_validation, write_npz
 from dkl.engine import find_checkpoint
 
 SHAPES = {
@@ -42,17 +56,55 @@ def tiny_data(settings: DataSettings, seed: int) -> Splits:
     validation = None
     if settings.validation_fraction > 0:
         train, validation = split_validation(train, 1 / 3, seed)
-    return Splits(train, validation, tiny_images(settings.name, 6))
+    return Splits(
+        train, validation, tiny_images(settings.name, 6), tiny_images(settings.name, NUM_TRAIN + 3)
+    )
+
+
+def small_model(settings: ModelSettings) -> ModelSettings:
+    """Return the smallest network of the same family."""
+    changes: dict[str, Any] = {}
+    if settings.name.startswith("wrn_"):
+        changes["name"] = "wrn_10_1_silu" if settings.name.endswith("_silu") else "wrn_10_1"
+    elif settings.name == "resnet18_cifar":
+        changes["kwargs"] = {**settings.kwargs, "width": 4}
+    return settings.model_copy(update=changes)
+
+
+def small_method(method: Any) -> Any:
+    """Shrink the second network, and attack in two steps."""
+    changes: dict[str, Any] = {}
+    for key in ("guide", "strategy"):
+        if hasattr(method, key):
+            changes[key] = small_model(getattr(method, key))
+    if method.kind == "las_at":
+        changes |= {"update_every": 1, "lookahead_steps": 2, "steps_choices": (1, 2)}
+    elif getattr(method, "attack", None) is not None and method.attack.num_steps is not None:
+        changes["attack"] = method.attack.model_copy(update={"num_steps": 2})
+    return method.model_copy(update=changes)
 
 
 def shorten(recipe: Recipe, num_steps: int = 2) -> Recipe:
-    """Keep everything but how long the recipe runs and how much it measures."""
+    """Keep everything but how large the recipe is, how long it runs, how much it measures."""
     steps = {"validation_attack_steps": min(recipe.evaluation.validation_attack_steps, 1)}
     evaluation = {"auto_attack": None, "pgd_steps": recipe.evaluation.pgd_steps and (num_steps,)}
     evaluation |= {"cw_steps": recipe.evaluation.cw_steps and (num_steps,), "num_images": 4} | steps
+    training = {"epochs": 1, "batch_size": BATCH, "validate_every": 1}
+    changes: dict[str, Any] = {}
+    for section in ("weight_perturbation", "averaging"):
+        if getattr(recipe, section) is not None:
+            # So that they act in the one epoch there is.
+            changes[section] = getattr(recipe, section).model_copy(update={"start_epoch": 0})
+    if recipe.data.generated is not None:
+        pool = {"samples_per_epoch": NUM_TRAIN - NUM_TRAIN // 3}
+        generated = recipe.data.generated.model_copy(update=pool)
+        changes["data"] = recipe.data.model_copy(update={"generated": generated})
     return recipe.model_copy(
-        update={
-            "training": recipe.training.model_copy(update={"epochs": 1, "batch_size": BATCH}),
+        update=changes
+        | {
+            "model": small_model(recipe.model),
+            "method": small_method(recipe.method),
+            "training": recipe.training.model_copy(update=training),
             "evaluation": recipe.evaluation.model_copy(update=evaluation),
         }
     )
@@ -87,39 +139,84 @@ def test_recipe_states_its_claim(name: str) -> None:
 def test_recipe_builds_at_full_size(name: str) -> None:
     recipe = load_recipe(name)
     data = tiny_images(recipe.data.name, NUM_TRAIN)
-    model = build_model(recipe.model, data, recipe.seed)
-    again = build_model(recipe.model, data, recipe.seed)
-    assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
-    method = build_method(recipe.method, data.num_classes, recipe.training.epochs, model)
+    with torch.device("meta"):
+        model = build_model(recipe.model, data, recipe.seed)
+        second = build_second_model(recipe.method, data, recipe.seed)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    method = build_method(recipe.method, data.num_classes, recipe.training.epochs, model, second)
+    needs_second = recipe.method.kind in ("lbgat", "las_at")
+    assert (second is not None) == needs_second
     optimizer = build_optimizer(recipe.optimizer)(model.parameters())
     assert optimizer.param_groups[0]["lr"] == recipe.optimizer.lr
     schedule = build_schedule(recipe.schedule, recipe.training.epochs)
     epochs = [recipe.training.epochs * part / 20 for part in range(21)]
     factors = [schedule(epoch) for epoch in epochs]
     assert max(factors) == pytest.approx(1, abs=0.05)
-    assert 0 <= min(factors) < 0.1
+    assert 0 <= min(factors) <= 0.1 + 1e-9
+    momentum = build_momentum_schedule(recipe.schedule, recipe.training.epochs)
+    if momentum is not None:
+        assert all(0.85 - 1e-9 <= momentum(epoch) <= 0.95 + 1e-9 for epoch in epochs)
     attack = getattr(method, "attack", None)
     if attack is not None:
         last = attack(recipe.training.epochs - 1, recipe.training.epochs)
         assert last.threat.eps == pytest.approx(recipe.method.attack.eps)
+    assert len(build_views(recipe.data)) == len(recipe.data.views)
+    assert build_mix(recipe.data.augment) is None
     assert (build_average(recipe.averaging) is None) == (recipe.averaging is None)
     assert (build_perturbation(recipe.weight_perturbation) is None) == (
         recipe.weight_perturbation is None
     )
 
 
-@pytest.mark.parametrize("name", list_recipes())
-def test_recipe_takes_two_steps_and_is_measured(name: str, tmp_path: Path) -> None:
+def kind_of(name: str) -> tuple[Any, ...]:
+    """Return what makes a recipe a kind of its own: method, data and family of the network."""
+    recipe = load_recipe(name)
+    method = recipe.method
+    switches = ("variant", "inner", "class_weights", "break_asymmetry", "smooth_direction")
+    return (
+        method.kind,
+        *(getattr(method, switch, None) for switch in switches),
+        recipe.data.name,
+        len(recipe.data.views),
+        recipe.data.generated is not None,
+        small_model(recipe.model).name,
+        recipe.weight_perturbation is not None,
+        recipe.averaging is not None,
+        name if recipe.data.name in ("digits", "fashion_mnist") else None,
+    )
+
+
+DISTINCT = list({kind_of(name): name for name in reversed(list_recipes())}.values())
+
+
+def test_each_method_is_walked() -> None:
+    kinds = {load_recipe(name).method.kind for name in DISTINCT}
+    assert kinds == {load_recipe(name).method.kind for name in list_recipes()}
+    assert kinds >= {"natural", "pgd_at", "trades", "mart", "lbgat", "las_at", "dajat", "ikl_at"}
+    assert len(DISTINCT) >= 45
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_recipe_takes_two_steps_and_is_measured(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = training.config.load_recipe(name)
+    monkeypatch.chdir(tmp_path)
+    if recipe.data.generated is not None:
+        for part in recipe.data.generated.parts:
+            write_npz(tiny_images(recipe.data.name, 10), tmp_path / part)
     run = tmp_path / "run"
     data = tiny_data(recipe.data, recipe.seed)
     before = build_model(recipe.model, data.train, recipe.seed)
+    again = build_model(recipe.model, data.train, recipe.seed)
+    assert all(map(torch.equal, before.state_dict().values(), again.state_dict().values()))
     outcome = train_recipe(recipe, run)
     assert not outcome.stopped_early
-    assert find_checkpoint(run).name.startswith("step_00000002")
+    steps = -(-len(data.train) // BATCH)
+    assert find_checkpoint(run).name.startswith(f"step_{steps:08d}")
     after, _ = training.load_run_model(run, recipe, data.train, "last")
-    for first, second in zip(before.parameters(), after.parameters(), strict=True):
-        assert not torch.equal(first, second)
+    for (key, first), second in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert not torch.equal(first, second), key
     which = "last" if recipe.training.best_metric is None else "best"
     results = evaluate_run(run, which=which)
     metrics = {row.metric for row in results}

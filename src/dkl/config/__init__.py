@@ -1,6 +1,17 @@
 """Recipes: typed, strict, and read from YAML with overrides."""
 
-from dkl.config.data import AugmentSettings, DataSettings, ModelSettings
+from dkl.config.adversarial import (
+    DAJAT,
+    GKLAT,
+    IKLAT,
+    LASAT,
+    LBGAT,
+    MART,
+    PGDAT,
+    TRADES,
+    AttackSettings,
+)
+from dkl.config.data import AugmentSettings, DataSettings, GeneratedSettings, ModelSettings
 from dkl.config.errors import RecipeError
 from dkl.config.evaluation import EvaluationSettings
 from dkl.config.loading import (
@@ -12,14 +23,9 @@ from dkl.config.loading import (
     to_yaml,
 )
 from dkl.config.method import (
-    GKLAT,
     GKLKD,
-    IKLAT,
     IKLKD,
     KD,
-    PGDAT,
-    TRADES,
-    AttackSettings,
     MethodSettings,
     Natural,
     TeacherSettings,
@@ -41,11 +47,15 @@ from dkl.config.training import (
 from dkl.config.tuning import Choices, Range, TuningSettings
 
 __all__ = [
+    "DAJAT",
     "GKLAT",
     "GKLKD",
     "IKLAT",
     "IKLKD",
     "KD",
+    "LASAT",
+    "LBGAT",
+    "MART",
     "PGDAT",
     "SGD",
     "TRADES",
@@ -58,6 +68,7 @@ __all__ = [
     "Cosine",
     "DataSettings",
     "EvaluationSettings",
+    "GeneratedSettings",
     "MethodSettings",
     "ModelSettings",
     "Natural",

@@ -8,6 +8,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 Norm = Literal["Linf", "L2"]
+EvaluationNorm = Literal["Linf", "L2", "L1"]
 
 Problem = tuple[str, str]
 """A dotted key and what is wrong with it."""
@@ -69,7 +70,7 @@ def combination_error(problems: list[Problem]) -> PydanticCustomError:
     return PydanticCustomError("combination", "{text}", context)
 
 
-def epsilon_problems(key: str, norm: Norm, eps: float) -> Iterator[Problem]:
+def epsilon_problems(key: str, norm: EvaluationNorm, eps: float) -> Iterator[Problem]:
     """Yield a problem if ``eps`` covers more than the whole range of pixels in [0, 1].
 
     Example:

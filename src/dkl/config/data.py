@@ -5,25 +5,57 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dkl.config.base import Count, CountOrZero, Number, Problem, Section
+from dkl.config.base import Count, CountOrZero, Number, PositiveNumber, Problem, Section
 
 
 class AugmentSettings(Section):
-    """Random crop and mirror of training images.
+    """Augmentation of training images: AutoAugment policy, crop, mirror, cutout, CutMix, in order.
 
     Args:
+        auto_augment: apply torchvision's AutoAugment policy for CIFAR-10 first.
         padding: pixels added on each side before a crop of the original size; 0 means no crop.
         padding_mode: what the border is filled with.
         flip: mirror half of the images left to right.
+        cutout: side in pixels of a black square at a random place; null means none.
+        cutmix: share of images into which a box of another training image is pasted, labels mixed
+            by area; 0 means none.
     """
 
+    auto_augment: bool = False
     padding: CountOrZero = 4
     padding_mode: Literal["zeros", "reflect"] = "zeros"
     flip: bool = True
+    cutout: Count | None = None
+    cutmix: Annotated[Number, Field(ge=0, le=1)] = 0.0
 
     def problems(self) -> Iterator[Problem]:  # noqa: D102
-        if self.padding == 0 and not self.flip:
+        used = (self.padding, self.flip, self.auto_augment, self.cutout, self.cutmix)
+        if not any(used):
             yield "padding", "0 without flip augments nothing; write augment: null instead"
+
+
+class GeneratedSettings(Section):
+    """Images beside the real ones: npz files with ``image`` [N, H, W, C] uint8 and ``label``.
+
+    Args:
+        parts: the files, together one pool; empty with ``held_out``.
+        held_out: make one such file from the real training images beyond ``train_limit``, as a
+            stand-in for generated images at small scale.
+        fraction: share of generated images in every batch.
+        samples_per_epoch: samples of an epoch, real and generated; null means as many as there are
+            real ones.
+    """
+
+    parts: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    held_out: bool = False
+    fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.7
+    samples_per_epoch: Count | None = None
+
+    def problems(self) -> Iterator[Problem]:  # noqa: D102
+        if not self.parts and not self.held_out:
+            yield "parts", "name at least one npz file, or set held_out: true"
+        if self.parts and self.held_out:
+            yield "held_out", "would be ignored: parts are given; set one of the two"
 
 
 class DataSettings(Section):
@@ -37,6 +69,8 @@ class DataSettings(Section):
         train_limit: train on the first so many images that are not held out; null means all.
         test_limit: evaluate on this many test images only; null means all.
         augment: augmentation of training images; null means none.
+        views: further augmentations of the same images, for methods that train on several views.
+        generated: generated images mixed into every batch; null means none.
     """
 
     name: Literal["digits", "fashion_mnist", "cifar10", "cifar100"]
@@ -46,8 +80,15 @@ class DataSettings(Section):
     train_limit: Count | None = None
     test_limit: Count | None = None
     augment: AugmentSettings | None = None
+    views: Annotated[tuple[AugmentSettings, ...], Field(strict=False)] = ()
+    generated: GeneratedSettings | None = None
 
     def problems(self) -> Iterator[Problem]:  # noqa: D102
+        for number, view in enumerate(self.views):
+            if view.cutmix > 0:
+                yield f"views.{number}.cutmix", "labels are those of the images; leave it 0"
+        if self.generated is not None and self.generated.held_out and self.train_limit is None:
+            yield "train_limit", "needed by generated.held_out, which takes the images beyond it"
         if self.name == "digits":
             reason = "would be ignored: digits comes with scikit-learn"
             if self.folder is not None:
@@ -61,15 +102,25 @@ class ModelSettings(Section):
 
     Args:
         name: a name of ``dkl.models.list_models()`` or ``timm/<name>``.
-        normalize: build the mean and standard deviation of the training images into the model.
+        normalize: build mean and standard deviation into the model, which takes pixels in [0, 1].
+        mean: of each channel; null takes those of the training images.
+        std: likewise.
+        dual_batch_norm: a second set of batch-norm layers for auxiliary views (DAJAT).
         kwargs: further keyword arguments of ``dkl.models.create_model``.
     """
 
     name: Annotated[str, Field(min_length=1)]
     normalize: bool = True
+    mean: Annotated[tuple[Number, ...], Field(strict=False)] | None = None
+    std: Annotated[tuple[PositiveNumber, ...], Field(strict=False)] | None = None
+    dual_batch_norm: bool = False
     kwargs: dict[str, Any] = Field(default_factory=dict)
 
     def problems(self) -> Iterator[Problem]:  # noqa: D102
+        if (self.mean is None) != (self.std is None):
+            yield "mean", "and std go together; give both or neither"
+        if self.mean is not None and not self.normalize:
+            yield "mean", "would be ignored: normalize is false"
         for key in ("name", "num_classes", "in_channels", "mean", "std"):
             if key in self.kwargs:
                 yield f"kwargs.{key}", "is set from the data and from model.name; remove it"

@@ -18,6 +18,7 @@ from dkl.config.errors import (
     show,
     suggestion,
 )
+from dkl.config.inheritance import inherit
 from dkl.config.overrides import apply_overrides
 from dkl.config.recipe import Recipe, section_problems
 from dkl.config.tuning import Choices
@@ -35,7 +36,8 @@ def list_recipes() -> list[str]:
     """
     folder = resources.files("dkl").joinpath("recipes")
     names = (Path(entry.name) for entry in folder.iterdir())
-    return sorted(name.stem for name in names if name.suffix == ".yaml")
+    # What only serves as the base of others begins with "_".
+    return sorted(n.stem for n in names if n.suffix == ".yaml" and not n.stem.startswith("_"))
 
 
 def recipe_text(name: str) -> str:
@@ -44,16 +46,19 @@ def recipe_text(name: str) -> str:
     Raises:
         RecipeError: no such recipe; the message names the nearest one.
     """
-    names = list_recipes()
-    if name not in names:
-        message = f"no shipped recipe has this name; {suggestion(name, names)}"
+    file = resources.files("dkl").joinpath("recipes").joinpath(f"{name}.yaml")
+    if not file.is_file():
+        message = f"no shipped recipe has this name; {suggestion(name, list_recipes())}"
         hint = " A file of your own must exist and end in .yaml"
         raise RecipeError(name, [("", message + hint)])
-    return resources.files("dkl").joinpath("recipes").joinpath(f"{name}.yaml").read_text("utf-8")
+    return file.read_text("utf-8")
 
 
 def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read, override and check a recipe.
+
+    A recipe may name another one as its ``base`` (a shipped name, or a path from its own folder)
+    and state only what differs; see ``dkl.config.inheritance``.
 
     Args:
         name_or_path: name of a shipped recipe, or path of a YAML file.
@@ -76,7 +81,9 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
         if not problems:
             problems = [("", f"must hold keys and values, {_what(values)}")]
         raise RecipeError(what, problems)
-    return _checked(what, values, overrides, problems)
+    folder = Path(name_or_path).parent if _is_path(name_or_path) else None
+    values, wrong_bases = inherit(values, lambda name: _read_base(name, folder))
+    return _checked(what, values, overrides, [*problems, *wrong_bases])
 
 
 def override(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
@@ -146,11 +153,23 @@ def _what(values: object) -> str:
     return "but is empty" if values is None else f"not {show(values)}"
 
 
-def _read(name_or_path: str | Path) -> str:
+def _is_path(name_or_path: str | Path) -> bool:
     path = Path(name_or_path)
-    is_path = isinstance(name_or_path, Path) or path.suffix in _SUFFIXES or len(path.parts) > 1
-    if not is_path:
+    return isinstance(name_or_path, Path) or path.suffix in _SUFFIXES or len(path.parts) > 1
+
+
+def _read_base(name: str, folder: Path | None) -> tuple[Any, list[Problem]]:
+    """Read the values of a base; paths are relative to the folder of the recipe that names it."""
+    try:
+        return parse_yaml(_read((folder or Path()) / name if _is_path(name) else name))
+    except RecipeError as error:
+        return None, [("", f"{error.what}: {message}") for _, message in error.problems]
+
+
+def _read(name_or_path: str | Path) -> str:
+    if not _is_path(name_or_path):
         return recipe_text(str(name_or_path))
+    path = Path(name_or_path)
     try:
         return path.read_text("utf-8")
     except FileNotFoundError:

@@ -3,67 +3,21 @@
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
-from dkl.config.base import (
-    Count,
-    CountOrZero,
-    NonNegativeNumber,
-    Norm,
-    Number,
-    PositiveNumber,
-    Problem,
-    Section,
-    epsilon_problems,
+from dkl.config.adversarial import (
+    DAJAT,
+    GKLAT,
+    IKLAT,
+    LASAT,
+    LBGAT,
+    MART,
+    PGDAT,
+    TRADES,
+    LabelSmoothing,
 )
+from dkl.config.base import CountOrZero, NonNegativeNumber, PositiveNumber, Problem, Section
 from dkl.config.data import ModelSettings
-
-
-def _check_ramp(value: object) -> object:
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if value is None or value == "all" or is_count:
-        return value
-    raise PydanticCustomError("ramp", 'must be a number of epochs >= 1, "all" or null')
-
-
-Ramp = Annotated[int | Literal["all"] | None, BeforeValidator(_check_ramp)]
-LabelSmoothing = Annotated[Number, Field(ge=0, lt=1)]
-
-
-class AttackSettings(Section):
-    """The attack that training images go through.
-
-    Args:
-        norm: the norm that bounds the perturbation.
-        eps: its bound, for pixels in [0, 1]; "8/255" is understood.
-        num_steps: ascent steps; null when ``budget`` decides.
-        step_size: length of a step, in the units of ``eps``; null when ``budget`` decides.
-        random_start: "uniform" in the ball, "gaussian" of deviation 0.001, or "none".
-        batch_norm: batch-norm mode while attacking: running statistics ("eval"), statistics of the
-            batch ("batch-stats"), or those with the running ones updated as well ("train").
-        epsilon_ramp_epochs: eps grows linearly over this many first epochs, or over "all".
-        budget: published step schedules, relative to the eps of the epoch: "low" 2 steps of eps,
-            "high" 5 steps of eps/2, "high_intended" 2, 3, 4, 5 steps in the quarters of training.
-    """
-
-    norm: Norm = "Linf"
-    eps: NonNegativeNumber
-    num_steps: Count | None = None
-    step_size: PositiveNumber | None = None
-    random_start: Literal["none", "uniform", "gaussian"] = "gaussian"
-    batch_norm: Literal["eval", "train", "batch-stats"] = "eval"
-    epsilon_ramp_epochs: Ramp = None
-    budget: Literal["low", "high", "high_intended"] | None = None
-
-    def problems(self) -> Iterator[Problem]:  # noqa: D102
-        yield from epsilon_problems("eps", self.norm, self.eps)
-        for key in ("num_steps", "step_size"):
-            given = getattr(self, key) is not None
-            if given and self.budget is not None:
-                yield key, f'budget "{self.budget}" decides it; set one of the two to null'
-            if not given and self.budget is None:
-                yield key, 'needed when there is no budget (or set budget: "low" or "high")'
 
 
 class TeacherSettings(Section):
@@ -100,62 +54,6 @@ class Natural(Section):
 
     kind: Literal["natural"]
     label_smoothing: LabelSmoothing = 0.0
-
-
-class PGDAT(Section):
-    """Adversarial training on cross-entropy: CE(z(x'), y)."""
-
-    kind: Literal["pgd_at"]
-    attack: AttackSettings
-    label_smoothing: LabelSmoothing = 0.0
-
-
-class TRADES(Section):
-    """CE(z(x), y) + beta KL(p(x) || p(x'))."""
-
-    kind: Literal["trades"]
-    attack: AttackSettings
-    beta: NonNegativeNumber = 6.0
-
-
-class _DecoupledAT(Section):
-    """What IKL-AT and GKL-AT share.
-
-    Args:
-        attack: the attack of training images.
-        mse_weight: weight of the weighted mean squared error on logits (paper's a).
-        ce_weight: weight of the soft cross-entropy (paper's b).
-        weight_temperature: temperature of the softmax that the weights are made from.
-        class_weights: weights are class means of the last epoch (GI), not the sample's own.
-        break_asymmetry: the squared error moves both predictions (BA), not the clean one alone.
-        inner: what the attack maximises: the loss itself with both weights 1, or KL.
-    """
-
-    attack: AttackSettings
-    mse_weight: NonNegativeNumber = 20.0
-    ce_weight: NonNegativeNumber = 4.0
-    weight_temperature: PositiveNumber = 4.0
-    class_weights: bool = True
-    break_asymmetry: bool = True
-    inner: Literal["loss", "kl"] = "loss"
-
-    def problems(self) -> Iterator[Problem]:
-        if self.mse_weight == 0 and self.ce_weight == 0:
-            yield "mse_weight", "0 beside ce_weight 0 leaves no robust loss; use kind: natural"
-
-
-class IKLAT(_DecoupledAT):
-    """CE(z(x), y) + IKL(z(x'), z(x)); arguments as in ``_DecoupledAT``."""
-
-    kind: Literal["ikl_at"]
-    hints: ClassVar = {"gamma": "is the exponent of GKL's weights; use method.kind gkl_at"}
-
-
-class GKLAT(_DecoupledAT):
-    """CE(z(x), y) + GKL(z(x'), z(x)); ``gamma`` is the exponent of the weights."""
-
-    kind: Literal["gkl_at"]
-    gamma: NonNegativeNumber = 1.0
 
 
 class KD(Section):
@@ -223,5 +121,6 @@ class GKLKD(_DecoupledKD):
 
 
 MethodSettings = Annotated[
-    Natural | PGDAT | TRADES | IKLAT | GKLAT | KD | IKLKD | GKLKD, Field(discriminator="kind")
+    Natural | PGDAT | TRADES | MART | LBGAT | LASAT | DAJAT | IKLAT | GKLAT | KD | IKLKD | GKLKD,
+    Field(discriminator="kind"),
 ]

@@ -145,6 +145,32 @@ def _method_epochs(training: TrainingSettings, method: MethodSettings) -> Iterat
         yield "method.warmup_epochs", f"must be at most training.epochs ({training.epochs})"
 
 
+def _views(data: DataSettings, method: MethodSettings) -> Iterator[Problem]:
+    if method.kind == "dajat":
+        if not data.views:
+            yield "data.views", "needed by method dajat: two views with auto_augment: true"
+        return
+    needed = int(getattr(method, "second_view_weight", None) is not None)
+    if len(data.views) < needed:
+        yield "data.views", "one view is needed by method.second_view_weight"
+    elif len(data.views) > needed:
+        reason = "set method.second_view_weight" if hasattr(method, "second_view_weight") else ""
+        yield "data.views", f"would be ignored by method {method.kind}; remove it {reason}".strip()
+
+
+def _mixed_labels(data: DataSettings, method: MethodSettings) -> Iterator[Problem]:
+    mixes = data.augment is not None and data.augment.cutmix > 0
+    if mixes and method.kind in ("mart", "las_at", "dajat", "kd", "ikl_kd", "gkl_kd"):
+        yield "data.augment.cutmix", f"method {method.kind} has no form for mixed labels; set it 0"
+
+
+def _dual_batch_norm(model: ModelSettings, method: MethodSettings) -> Iterator[Problem]:
+    if model.dual_batch_norm and method.kind != "dajat":
+        yield "model.dual_batch_norm", f"would be ignored by method {method.kind}; set it false"
+    if method.kind == "dajat" and not model.dual_batch_norm:
+        yield "model.dual_batch_norm", "must be true for method dajat"
+
+
 def _num_images(data: DataSettings, evaluation: EvaluationSettings) -> Iterator[Problem]:
     limit, wanted = data.test_limit, evaluation.num_images
     if limit is not None and wanted is not None and wanted > limit:
@@ -159,5 +185,8 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Problem]]], ...] = 
     (("training", "weight_perturbation"), _perturbation_epochs),
     (("training", "averaging"), _averaging_epochs),
     (("training", "method"), _method_epochs),
+    (("data", "method"), _views),
+    (("data", "method"), _mixed_labels),
+    (("model", "method"), _dual_batch_norm),
     (("data", "evaluation"), _num_images),
 )

@@ -44,6 +44,9 @@ class TrainingSettings(Section):
         validate_every: epochs between validations.
         best_metric: what the best checkpoint maximises on the validation split; null keeps the
             last checkpoint only.
+        batch_norm_momentum: momentum of all batch-norm layers; null keeps the model's own.
+        batch_norm_first_momentum: another one for the very first step; DM-AT takes 1.
+        decay_batch_norm: weight decay also for the scales and shifts of batch-norm layers.
         dtype: of weights and images; "float64" is for tests.
         threads: CPU threads; null leaves it to torch.
     """
@@ -60,6 +63,9 @@ class TrainingSettings(Section):
     checkpoint_every_steps: Count | None = None
     validate_every: Count = 1
     best_metric: Literal["val_accuracy", "val_robust_accuracy"] | None = "val_accuracy"
+    batch_norm_momentum: Annotated[Number, Field(gt=0, le=1)] | None = None
+    batch_norm_first_momentum: Annotated[Number, Field(gt=0, le=1)] | None = None
+    decay_batch_norm: bool = True
     dtype: Literal["float32", "float64"] = "float32"
     threads: Count | None = None
 
@@ -123,18 +129,29 @@ class _Schedule(Section):
 class Cosine(_Schedule):
     """Half a cosine, from the full learning rate down to zero.
 
-    With ``per_epoch`` as published: (1 + cos(pi e / (E + 1))) / 2 in epoch e = 1..E.
+    With ``per_epoch`` as published for IKL-AT: (1 + cos(pi e / (E + 1))) / 2 in epoch e = 1..E.
+
+    Args:
+        from_full: (1 + cos(pi (e - 1) / E)) / 2 instead, as published for DAJAT and TRADES.
     """
 
     kind: Literal["cosine"]
+    from_full: bool = False
 
 
 class Step(_Schedule):
-    """The learning rate is multiplied by ``factor`` at each epoch of ``milestones``."""
+    """The learning rate is multiplied by ``factor`` at each epoch of ``milestones``.
+
+    Args:
+        milestones: epochs, or parts of one, counted from 0.
+        factor: what each multiplies by.
+        first_epoch_factor: of the first epoch alone; LBGAT starts with 0.2.
+    """
 
     kind: Literal["step"]
-    milestones: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
+    milestones: Annotated[tuple[PositiveNumber, ...], Field(strict=False, min_length=1)]
     factor: OpenFraction = 0.1
+    first_epoch_factor: Annotated[Number, Field(gt=0, le=1)] = 1.0
 
     def problems(self) -> Iterator[Problem]:  # noqa: D102
         if list(self.milestones) != sorted(set(self.milestones)):
@@ -148,14 +165,18 @@ class OneCycle(Section):
         pct_start: share of training spent going up.
         div: starts at the learning rate divided by this.
         final_div: ends at the starting rate divided by this.
+        per_epoch: change the learning rate between epochs only, stepped as torch's OneCycleLR.
+        cycle_momentum: the momentum goes from 0.95 to 0.85 and back, in the place of the
+            optimiser's, as torch's OneCycleLR does by default.
     """
 
     kind: Literal["one_cycle"]
     pct_start: OpenFraction = 0.3
     div: Annotated[Number, Field(ge=1)] = 25.0
     final_div: Annotated[Number, Field(ge=1)] = 1e4
+    per_epoch: bool = False
+    cycle_momentum: bool = False
     hints: ClassVar = {
-        "per_epoch": "one_cycle changes the learning rate at every step; remove it",
         "warmup_epochs": "one_cycle warms up by itself; set schedule.pct_start instead",
     }
 

@@ -26,8 +26,11 @@ class Batch:
         labels: [B] int64.
         mask: [B] bool; False marks a padded duplicate, which must not count anywhere.
         indices: [B] int64, positions in the training data.
-        extras: further tensors with a first dimension of B, added by ``Method.prepare``
+        extras: further tensors with a first dimension of B: ``view_1``, ``view_2``, ... from the
+            loop (the same images, augmented otherwise), and what ``Method.prepare`` adds
             (adversarial images, teacher logits).
+        targets: [B, num_classes] label distributions where augmentation mixes images (CutMix),
+            else None; ``labels`` then holds the label of the image that was mixed into.
     """
 
     images: Tensor
@@ -35,6 +38,7 @@ class Batch:
     mask: Tensor
     indices: Tensor
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    targets: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class StepContext:
         loss_scale: multiply the loss by it (the number of processes, because gradients are averaged
             over processes).
         draw: noise for the samples of the batch at hand.
+        learning_rate: of this step; methods that train a network by themselves follow it.
+        rate_factor: the learning rate over its base value.
         phase: "update" for the pass whose gradients are used; "direction" for the pass that only
             finds the weight perturbation: running state must not change in it.
     """
@@ -62,6 +68,8 @@ class StepContext:
     step_labels: Tensor
     loss_scale: float
     draw: Draw
+    learning_rate: float = 0.0
+    rate_factor: float = 1.0
     phase: Literal["update", "direction"] = "update"
 
 
@@ -86,6 +94,11 @@ class StepOutput:
 
 class Method(Protocol):
     """A training method: an ``nn.Module`` whose buffers and submodules are its saved state.
+
+    Its parameters that require gradients are trained by the loop's optimiser together with the
+    model's (LBGAT's second network). A network that a method trains by itself (LAS-AT's strategy
+    network) keeps ``requires_grad`` False between its own steps, and its optimiser's state in
+    buffers.
 
     ``couples_batch`` is True when a sample's loss depends on which samples share its micro-batch,
     so that splitting a batch changes the result. ``on_epoch_end`` is called by every process after
