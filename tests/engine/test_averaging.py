@@ -52,6 +52,21 @@ def test_ramp_counts_from_the_start() -> None:
     assert torch.allclose(average.model.weight, torch.tensor(decay * 4 + (1 - decay) * 8))
 
 
+def test_ramp_is_dm_ats_one_update_earlier() -> None:
+    """DM-AT: decay 0 for the first steps, then min(tau, (1 + d) / (10 + d)), d from 0."""
+    tau, warmup = 0.5, 3
+    settings = AverageSettings(decay=tau, start_epoch=warmup, ramp=True, buffers="copy")
+    values = [4.0, 8.0, 16.0, -3.0, 5.0, 11.0, 2.0, 7.0, 1.0, 9.0, 6.0, 3.0]
+    ours = averaged(settings, values)
+    expected = 0.0
+    for step, value in enumerate(values):
+        d = step - warmup + 1  # published: without the 1
+        decay = min(tau, (1 + d) / (10 + d)) if step >= warmup else 0.0
+        expected = decay * expected + (1 - decay) * value
+    torch.testing.assert_close(ours.model.weight, torch.full((2,), expected))
+    assert torch.equal(ours.model.running_mean, torch.full((2,), values[-1]))
+
+
 def test_tied_weights_are_averaged_once() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -331,6 +331,49 @@ def test_average_per_epoch(tmp_path: Path) -> None:
         assert torch.allclose(average[name], 0.75 * start[name] + 0.25 * tensor)
 
 
+@pytest.mark.parametrize("start", [0, 1])
+def test_average_per_epoch_is_that_of_the_saved_checkpoints(tmp_path: Path, start: int) -> None:
+    """Online, the average needs none of the files of an average over epoch checkpoints.
+
+    start 1 begins with the first epoch's checkpoint, start 0 with the initial weights.
+    """
+    tau, model = 0.9, tiny_model(dropout=0.3, batch_norm=True)
+    tiny_fit(
+        tmp_path,
+        model=model,
+        settings=tiny_settings(epochs=6, keep_last=7),
+        weight_average=AverageSettings(decay=tau, per="epoch", start_epoch=start),
+    )
+    folders = sorted((tmp_path / "checkpoints").glob("step_*"))
+    assert len(folders) == 7
+    checkpoints = [load_checkpoint(folder) for folder in folders]
+    offline = checkpoints[start].model
+    for checkpoint in checkpoints[start + 1 :]:
+        for name, value in checkpoint.model.items():
+            if value.is_floating_point():
+                offline[name] = tau * offline[name] + (1 - tau) * value
+            else:
+                offline[name] = value
+        for name, value in checkpoint.average.items():
+            torch.testing.assert_close(value, offline[name], rtol=1e-12, atol=1e-14)
+    assert {"3.running_mean", "3.running_var", "3.num_batches_tracked"} <= offline.keys()
+    assert relative_difference(offline["3.running_var"], model[3].running_var) > 1e-4
+
+
+def test_copied_buffers_are_the_models_after_every_epoch(tmp_path: Path) -> None:
+    tiny_fit(
+        tmp_path,
+        model=tiny_model(batch_norm=True),
+        settings=tiny_settings(keep_last=3),
+        weight_average=AverageSettings(decay=0.9, ramp=True, start_epoch=0.5, buffers="copy"),
+    )
+    for folder in sorted((tmp_path / "checkpoints").glob("step_*")):
+        checkpoint = load_checkpoint(folder)
+        for name in ("3.running_mean", "3.running_var", "3.num_batches_tracked"):
+            assert torch.equal(checkpoint.average[name], checkpoint.model[name])
+    assert not torch.equal(checkpoint.average["1.weight"], checkpoint.model["1.weight"])
+
+
 def test_checkpoint_says_where_it_is_from(tmp_path: Path) -> None:
     tiny_fit(tmp_path, recipe={"name": "tiny", "seed": 0})
     meta = json.loads((find_checkpoint(tmp_path) / "meta.json").read_text())

@@ -16,6 +16,7 @@ from dkl.engine.schedules import (
     per_epoch,
     set_rates,
     step_decay,
+    with_first_epoch,
     with_warmup,
 )
 
@@ -86,6 +87,39 @@ def test_one_cycle_is_pytorchs(steps_per_epoch: int) -> None:
         assert ours == pytest.approx(values, abs=1e-9)
 
 
+def test_dm_at_cycles_rate_and_momentum_as_pytorch_does() -> None:
+    # 400 epochs, peak after 2.5 % of them, evaluated once an epoch; the momentum of the optimiser
+    # is replaced by the cycle's.
+    optimizer = torch.optim.SGD(
+        [torch.zeros(1, requires_grad=True)], lr=0.2, momentum=0.9, nesterov=True
+    )
+    scheduler = OneCycleLR(optimizer, max_lr=0.2, total_steps=400, pct_start=0.025)
+    rate = per_epoch(one_cycle(400, pct_start=0.025, unit=1))
+    momentum = per_epoch(one_cycle_momentum(400, pct_start=0.025, unit=1))
+    group = {"initial_lr": 0.2, "momentum": 0.9}
+    seen = []
+    for epoch in range(400):
+        set_rates([group], epoch + 0.7, rate, momentum)
+        theirs = optimizer.param_groups[0]
+        assert group["lr"] == pytest.approx(theirs["lr"], rel=1e-9)
+        assert group["momentum"] == pytest.approx(theirs["momentum"], rel=1e-12)
+        seen.append((group["lr"], group["momentum"]))
+        optimizer.step()
+        if epoch < 399:
+            scheduler.step()
+    assert seen[0] == pytest.approx((0.2 / 25, 0.95))
+    assert max(seen) == seen[9] == pytest.approx((0.2, 0.85))
+    assert seen[-1] == pytest.approx((0.2 / 25e4, 0.95))
+
+
+def test_first_epoch_has_a_factor_of_its_own() -> None:
+    schedule = with_first_epoch(step_decay([75, 90]), 0.2)
+    assert [schedule(progress) for progress in (0, 0.5, 0.999)] == [0.2] * 3
+    for progress in (1, 1.5, 74.9, 75, 92):
+        assert schedule(progress) == step_decay([75, 90])(progress)
+    assert per_epoch(schedule)(0.9) == 0.2
+
+
 def test_warmup_meets_the_schedule() -> None:
     schedule = with_warmup(cosine(10), 2, start=0.5)
     assert schedule(0) == 0.5
@@ -121,6 +155,7 @@ def test_rates_are_set_in_every_group() -> None:
         (lambda: step_decay([5, 5]), "must increase"),
         (lambda: one_cycle(10, pct_start=1.5), "pct_start"),
         (lambda: one_cycle(3, pct_start=0.025, unit=1), "pct_start"),
+        (lambda: with_first_epoch(constant(), -0.1), "must not be negative"),
         (lambda: with_warmup(constant(), 0), "num_epochs must be positive"),
         (lambda: linear_ramp(0), "num_epochs must be positive"),
         (lambda: attack_steps("medium", 10), "'low', 'high' or 'high_intended'"),

@@ -17,6 +17,7 @@ from dkl.engine.schedules import (
     one_cycle_momentum,
     per_epoch,
     step_decay,
+    with_first_epoch,
     with_warmup,
 )
 from dkl.engine.settings import DataSource, FitResult, LoopSettings
@@ -60,5 +61,6 @@ __all__ = [
     "per_epoch",
     "save_checkpoint",
     "step_decay",
+    "with_first_epoch",
     "with_warmup",
 ]

@@ -18,7 +18,8 @@ class AverageSettings:
         per: "step" updates after every optimiser step, "epoch" after every epoch.
         start_epoch: progress in epochs up to which the average is a plain copy of the model.
         ramp: use min(decay, (1 + d) / (10 + d)) at the d-th update (d = 1, 2, ...) after the start,
-            so that early weights are forgotten quickly.
+            so that early weights are forgotten quickly. The published DM-AT code counts from 0, and
+            so reaches every decay one update later.
         buffers: "average" treats floating-point buffers (batch-norm statistics) like weights;
             "copy" takes the model's own. Integer buffers are always copied.
 

@@ -10,14 +10,14 @@ split.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from dkl.engine.averaging import AverageSettings
-from dkl.engine.batches import Augment
+from dkl.engine.batches import Augment, Mix
 from dkl.engine.randomness import numerics
 from dkl.engine.resume import describe_run, find_start
 from dkl.engine.run import Hooks, TrainingRun, Validate
@@ -42,6 +42,8 @@ def fit(
     schedule: Schedule | None = None,
     momentum_schedule: Schedule | None = None,
     augment: Augment | None = None,
+    views: Sequence[Augment] = (),
+    mix: Mix | None = None,
     validate: Validate | None = None,
     weight_perturbation: WeightPerturbation | None = None,
     weight_average: AverageSettings | None = None,
@@ -62,10 +64,17 @@ def fit(
         train_source: training data.
         settings: of the loop.
         out_dir: folder of the run.
-        make_optimizer: builds the optimiser from the trainable parameters of model and method.
+        make_optimizer: builds the optimiser from the trainable parameters of model and method;
+            with ``settings.decay_batch_norm=False`` from two groups of them.
         schedule: factor of the learning rate by progress in epochs; constant by default.
         momentum_schedule: momentum (the first beta of Adam) by progress in epochs.
         augment: images [B, C, H, W] in [0, 1] and noise to images; on the training device.
+        views: further augmentations; each makes of the same images, with noise of its own, the
+            ``view_1``, ``view_2``, ... of ``Batch.extras``.
+        mix: mixes every augmented image with another sample of the epoch, drawn uniformly and
+            augmented by noise of its own (CutMix): (images, partners, noise) to mixed images and
+            the share of the first in each. ``Batch.targets`` says how labels are shared. Views are
+            not mixed. Training accuracy is then the share of the predicted class.
         validate: model to named values, such as {"val_accuracy": 0.9}, of data held out of
             training. It is called in every process and gets the averaged model if there is one.
         weight_perturbation: perturbs the weights during the update (AWP).
@@ -84,7 +93,15 @@ def fit(
         ValueError: if data or settings do not fit.
     """
     run_dir = Path(out_dir)
-    hooks = Hooks(schedule or constant(), momentum_schedule, augment, validate, weight_perturbation)
+    hooks = Hooks(
+        schedule or constant(),
+        momentum_schedule,
+        augment,
+        validate,
+        weight_perturbation,
+        tuple(views),
+        mix,
+    )
     accelerator = make_accelerator(settings)
     description = describe_run(
         settings, recipe, world_size=accelerator.num_processes, num_samples=len(train_source)

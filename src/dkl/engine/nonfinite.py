@@ -68,6 +68,7 @@ def _gather_batches(accelerator: Accelerator, trace: StepTrace) -> dict[str, Ten
             "labels": batch.labels,
             "indices": batch.indices,
             "mask": batch.mask,
+            **({} if batch.targets is None else {"targets": batch.targets}),
             **{f"extras.{name}": value for name, value in batch.extras.items()},
         }
         for name, tensor in named.items():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dkl.engine.noise import hash_indices
+from dkl.engine.settings import DataSource
 
 
 class MicroBatchPlan(NamedTuple):
@@ -61,6 +62,57 @@ def epoch_order(num_samples: int, *, seed: int, epoch: int, shuffle: bool = True
     return torch.argsort(hash_indices(samples, seed, "order", epoch), stable=True)
 
 
+def source_order(source: DataSource, *, seed: int, epoch: int, shuffle: bool = True) -> Tensor:
+    """Return the order of an epoch: the source's own if it has one, else ``epoch_order``.
+
+    Raises:
+        ValueError: if the source's own order is not [len(source)] int64 positions from 0, or would
+            be ignored because of ``shuffle=False``.
+    """
+    own = getattr(source, "epoch_order", None)
+    if own is None:
+        return epoch_order(len(source), seed=seed, epoch=epoch, shuffle=shuffle)
+    name = type(source).__name__
+    if not shuffle:
+        raise ValueError(
+            f"shuffle=False would be ignored: {name}.epoch_order() decides the order; leave "
+            "shuffle=True"
+        )
+    order = torch.as_tensor(own(seed=seed, epoch=epoch)).cpu()
+    if order.dtype != torch.int64 or tuple(order.shape) != (len(source),):
+        raise ValueError(
+            f"{name}.epoch_order() must return [{len(source)}] int64, one position for each sample "
+            f"of an epoch; got {order.dtype} of shape {tuple(order.shape)}"
+        )
+    if int(order.min()) < 0:
+        raise ValueError(
+            f"{name}.epoch_order() must return positions from 0; got {int(order.min())}"
+        )
+    return order
+
+
+def draw_partners(indices: Tensor, order: Tensor, *, seed: int, step: int) -> Tensor:
+    """Draw for each sample another one to mix with, uniformly from the samples of the epoch.
+
+    Args:
+        indices: [B] int64 positions of the samples.
+        order: [N] int64, the positions of the whole epoch.
+        seed: seed of the run.
+        step: 0-based step of the run.
+
+    Returns:
+        [B] int64 positions, a function of seed, step and each sample alone; a sample may meet
+        itself.
+
+    Example:
+        >>> order = torch.arange(100)
+        >>> both = draw_partners(torch.tensor([3, 8]), order, seed=0, step=5)
+        >>> draw_partners(torch.tensor([8]), order, seed=0, step=5).item() == both[1].item()
+        True
+    """
+    return order[torch.remainder(hash_indices(indices, seed, "partner", step), len(order))]
+
+
 def epoch_plan(
     num_samples: int,
     *,
@@ -72,6 +124,7 @@ def epoch_plan(
     accumulation: int = 1,
     drop_last: bool = False,
     shuffle: bool = True,
+    order: Tensor | None = None,
 ) -> list[list[MicroBatchPlan]]:
     """Return the steps of an epoch for one process; a step is a list of micro-batches.
 
@@ -90,6 +143,8 @@ def epoch_plan(
         accumulation: micro-batches of one optimiser step in each process.
         drop_last: leave out an incomplete last step.
         shuffle: draw a new order for every epoch; False keeps the order of the data.
+        order: [num_samples] int64 positions, which takes the place of the drawn order; they may
+            repeat and exceed ``num_samples``.
 
     Raises:
         ValueError: if a number is out of range or no step would remain.
@@ -105,7 +160,8 @@ def epoch_plan(
             f"accumulation={accumulation}, world_size={world_size}, rank={rank}"
         )
     num_steps = count_steps(num_samples, batch_size, drop_last)
-    order = epoch_order(num_samples, seed=seed, epoch=epoch, shuffle=shuffle)
+    if order is None:
+        order = epoch_order(num_samples, seed=seed, epoch=epoch, shuffle=shuffle)
     num_chunks = world_size * accumulation
     return [
         _cut_step(order[step * batch_size : (step + 1) * batch_size], num_chunks)[rank::world_size]

@@ -2,16 +2,16 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from dkl.engine.batches import Augment, make_batch
+from dkl.engine.batches import Augment, Mix, augmentations_of, load_batches
 from dkl.engine.nonfinite import all_finite, report_nonfinite
-from dkl.engine.plan import MicroBatchPlan, count_steps, epoch_plan
+from dkl.engine.plan import count_steps, epoch_plan, source_order
 from dkl.engine.processes import average_batch_norm_buffers, from_first
 from dkl.engine.randomness import preserved_rng
 from dkl.engine.recorder import Recorder
@@ -36,6 +36,8 @@ class Hooks:
     augment: Augment | None
     validate: Validate | None
     weight_perturbation: WeightPerturbation | None
+    views: Sequence[Augment] = ()
+    mix: Mix | None = None
 
 
 class TrainingRun:
@@ -56,12 +58,15 @@ class TrainingRun:
         self.settings = settings
         self.run_dir = run_dir
         self.hooks = hooks
+        self.augmentations = augmentations_of(source, hooks.augment, hooks.views, hooks.mix)
         self.description = description
         self.stop = stop
         self.accelerator = training.accelerator
         self.train_step = TrainingStep(training, settings, hooks.weight_perturbation)
         self.watch = StepWatch(training.accelerator)
         self.steps_per_epoch = count_steps(len(source), settings.batch_size, settings.drop_last)
+        # Refused here, what does not fit has cost nothing yet.
+        self._order(epoch=0)
         self.epoch = 0
         self.step_in_epoch = 0
         self.sums: Sums = {}
@@ -109,20 +114,29 @@ class TrainingRun:
 
     def _run_epoch(self) -> bool:
         """Run (the rest of) an epoch; return whether to stop."""
+        order = self._order(self.epoch)
         plan = epoch_plan(
             len(self.source),
             batch_size=self.settings.batch_size,
             seed=self.settings.seed,
             epoch=self.epoch,
+            order=order,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             accumulation=self.settings.accumulation,
             drop_last=self.settings.drop_last,
-            shuffle=self.settings.shuffle,
         )
         remaining = plan[self.step_in_epoch :]
         self.training.model.train()
-        micro_batches = self._micro_batches(remaining)
+        micro_batches = load_batches(
+            self.source,
+            remaining,
+            order,
+            first_step=self.step,
+            settings=self.settings,
+            augmentations=self.augmentations,
+            device=self.training.device,
+        )
         for _ in remaining:
             started = time.monotonic()
             batches = [next(micro_batches) for _ in range(self.settings.accumulation)]
@@ -138,24 +152,9 @@ class TrainingRun:
         self._finish_epoch()
         return self.watch.agree(self.stop.requested)
 
-    def _micro_batches(self, steps: list[list[MicroBatchPlan]]) -> Iterator[Batch]:
-        plans = [micro for step in steps for micro in step]
-        stream = self.source.batches((micro.indices for micro in plans), self.training.device)
-        for number, micro in enumerate(plans):
-            loaded = next(stream, None)
-            if loaded is None:
-                raise ValueError(
-                    f"the training data gave {number} batches where {len(plans)} were asked for; "
-                    f"batches() must yield one for every index batch"
-                )
-            yield make_batch(
-                micro,
-                *loaded,
-                settings=self.settings,
-                augment=self.hooks.augment,
-                step=self.step,
-                device=self.training.device,
-            )
+    def _order(self, epoch: int) -> Tensor:
+        settings = self.settings
+        return source_order(self.source, seed=settings.seed, epoch=epoch, shuffle=settings.shuffle)
 
     def _run_step(self, batches: list[Batch]) -> Verdict | None:
         epoch, step = self.epoch, self.step

@@ -152,6 +152,28 @@ def with_warmup(schedule: Schedule, num_epochs: float, *, start: float = 0.0) ->
     )
 
 
+def with_first_epoch(schedule: Schedule, factor: float) -> Schedule:
+    """Return ``schedule`` with another factor throughout the first epoch.
+
+    Args:
+        schedule: what counts from the second epoch on.
+        factor: of the base value in the first epoch, at least 0.
+
+    Raises:
+        ValueError: if ``factor`` is negative.
+
+    Example:
+        LBGAT's rates, 0.02 in epoch 1, then 0.1, a tenth of it from epoch 76, a hundredth from 91:
+
+        >>> schedule = with_first_epoch(step_decay([75, 90]), 0.2)
+        >>> [round(0.1 * schedule(progress), 6) for progress in (0, 0.99, 1, 74.9, 75, 90)]
+        [0.02, 0.02, 0.1, 0.1, 0.01, 0.001]
+    """
+    if factor < 0:
+        raise ValueError(f"factor must not be negative; got {factor}")
+    return lambda progress: factor if progress < 1 else schedule(progress)
+
+
 def per_epoch(schedule: Schedule) -> Schedule:
     """Return ``schedule`` evaluated at the start of the epoch and kept until its end.
 

@@ -14,7 +14,15 @@ _BOOKKEEPING = ("checkpoint_every_steps", "keep_last", "record_every_steps", "tr
 
 
 class DataSource(Protocol):
-    """Training data: a length, and batches for given positions."""
+    """Training data: a length, and batches for given positions.
+
+    Two more attributes are looked for. ``num_classes`` is needed when images are mixed.
+    ``epoch_order(*, seed, epoch)`` gives a source an order of its own, such as a share of generated
+    images in every batch: [len(source)] int64, a function of its arguments alone, the same in every
+    process. Its entries are positions in the source's own index space: they may exceed the length
+    and repeat within an epoch. A sample that comes twice in one optimiser step is augmented,
+    attacked and mixed alike both times, because noise is keyed by seed, step and position.
+    """
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -44,6 +52,12 @@ class LoopSettings:
         batch_norm: "local" takes batch statistics in each process and averages the running ones
             over processes at the end of every epoch; "sync" takes statistics over all processes
             (GPU only).
+        batch_norm_momentum: momentum of the running statistics, in (0, 1], set on all batch-norm
+            layers of the model; None keeps each layer's own.
+        batch_norm_first_momentum: another momentum for the very first optimiser step, so that 1
+            replaces the initial statistics; None makes no difference.
+        decay_batch_norm: False puts scales and shifts of batch-norm layers, the model's and the
+            method's, into a parameter group without weight decay.
         deterministic: refuse operations without a deterministic implementation.
         checkpoint_every_steps: additional checkpoints within an epoch; one is always written at its
             end.
@@ -76,6 +90,9 @@ class LoopSettings:
     drop_last: bool = False
     shuffle: bool = True
     batch_norm: Literal["local", "sync"] = "local"
+    batch_norm_momentum: float | None = None
+    batch_norm_first_momentum: float | None = None
+    decay_batch_norm: bool = True
     deterministic: bool = False
     checkpoint_every_steps: int | None = None
     keep_last: int = 1
@@ -91,6 +108,10 @@ class LoopSettings:
             problems.append(f"seed must be in [0, 2**31); got {self.seed}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             problems.append(f"clip_norm must be positive or None; got {self.clip_norm}")
+        for name in ("batch_norm_momentum", "batch_norm_first_momentum"):
+            momentum = getattr(self, name)
+            if momentum is not None and not 0 < momentum <= 1:
+                problems.append(f"{name} must be in (0, 1] or None; got {momentum}")
         if self.dtype == "float64" and self.mixed_precision != "no":
             problems.append("mixed precision needs dtype 'float32'; set one of the two back")
         if problems:

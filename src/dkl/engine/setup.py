@@ -1,6 +1,7 @@
 """Everything one training run works with, placed on its device."""
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,11 +13,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dkl.engine.averaging import AverageSettings, WeightAverage
+from dkl.engine.batch_norm import require_batch_norm, set_momentum, without_decay
 from dkl.engine.processes import copy_from_first
 from dkl.engine.settings import LoopSettings
 from dkl.methods.protocol import Method
 
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
+"""Parameters, or a list of parameter groups, to an optimiser."""
 
 
 @dataclass
@@ -97,7 +100,8 @@ def set_up(
     Every process ends up with the weights of the first one.
 
     Raises:
-        ValueError: if the method is not a module.
+        ValueError: if the method is not a module, there is no batch-norm layer for a setting that
+            needs one, or the optimiser does not take parameter groups where it has to.
     """
     if not isinstance(method, nn.Module):
         raise ValueError(
@@ -112,6 +116,11 @@ def set_up(
     method.to(device=device)
     if settings.dtype == "float64":
         method.to(dtype=torch.float64)
+    for setting in ("batch_norm_momentum", "batch_norm_first_momentum"):
+        if getattr(settings, setting) is not None:
+            require_batch_norm(model, setting)
+    if settings.batch_norm_momentum is not None:
+        set_momentum(model, settings.batch_norm_momentum)
     copy_from_first(accelerator, model)
     copy_from_first(accelerator, method)
     if settings.channels_last:
@@ -129,11 +138,34 @@ def set_up(
         optimizer=None,
         average=average,
     )
-    optimizer = make_optimizer(training.trained_parameters())
+    optimizer = _make_optimizer(training, settings, make_optimizer)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     training.optimizer = accelerator.prepare_optimizer(optimizer)
     return training
+
+
+def _make_optimizer(
+    training: Training, settings: LoopSettings, make_optimizer: MakeOptimizer
+) -> torch.optim.Optimizer:
+    parameters = training.trained_parameters()
+    if settings.decay_batch_norm:
+        return make_optimizer(parameters)
+    groups, spared = without_decay(parameters, training.model, training.method_module)
+    needed = (
+        "decay_batch_norm=False needs make_optimizer to pass on the list of parameter groups that "
+        "it is given, as torch's optimisers take it"
+    )
+    try:
+        optimizer = make_optimizer(groups)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{needed}; it failed with: {error}") from error
+    made = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    if any(made.get(key, {}).get("weight_decay") != 0 for key in spared):
+        raise ValueError(
+            f"{needed}; the optimiser it made decays batch-norm parameters, or leaves them out"
+        )
+    return optimizer
 
 
 def _own_parameters(method: nn.Module, model: nn.Module) -> list[nn.Parameter]:
@@ -146,7 +178,11 @@ def _wrapped(accelerator: Accelerator, model: nn.Module) -> nn.Module:
         return model
     device = accelerator.device
     # Buffers are not broadcast at every forward: that would change them between the two forwards of
-    # one loss, and the second would invalidate the graph of the first.
+    # one loss, and the second would invalidate the graph of the first. PyTorch 2.14 renamed the
+    # option; the new one still broadcasts once, here, where all processes have the same buffers.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {name: False}
     return DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+        model, device_ids=[device] if device.type == "cuda" else None, **options
     )

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dkl.engine.batch_norm import momentum_of
 from dkl.engine.noise import SampleNoise
 from dkl.engine.processes import average_gradients
 from dkl.engine.settings import LoopSettings
@@ -47,7 +48,7 @@ class StepReport:
     Args:
         batches: the prepared micro-batches.
         sums: "counts", "correct" and "part/<name>": sums over the rows that count; 0-dim, on the
-            device.
+            device. Where labels are mixed, "correct" adds up the shares of the predicted classes.
         is_finite: 0-dim bool; whether every loss was finite.
     """
 
@@ -84,7 +85,16 @@ class TrainingStep:
             step: 0-based step of the run.
             num_items: samples that count, over all micro-batches and processes.
         """
+        first_momentum = self._settings.batch_norm_first_momentum
+        if first_momentum is not None and step == 0:
+            with momentum_of(self._training.model, first_momentum):
+                return self._run(batches, epoch=epoch, step=step, num_items=num_items)
+        return self._run(batches, epoch=epoch, step=step, num_items=num_items)
+
+    def _run(self, batches: list[Batch], *, epoch: int, step: int, num_items: int) -> StepReport:
         training = self._training
+        group = training.optimizer.param_groups[0]
+        rate, base_rate = float(group["lr"]), float(group["initial_lr"])
         step_labels = self._step_labels(batches, num_items)
         count = torch.full((), num_items, device=training.device)
 
@@ -97,6 +107,8 @@ class TrainingStep:
                 step_labels=step_labels,
                 loss_scale=float(training.accelerator.num_processes),
                 draw=self._noise(stream, step, batch.indices),
+                learning_rate=rate,
+                rate_factor=rate / base_rate if base_rate else 1.0,
                 phase=phase,
             )
 
@@ -174,8 +186,13 @@ class TrainingStep:
 
     @torch.no_grad()
     def _add(self, report: StepReport, batch: Batch, output: StepOutput) -> None:
-        is_correct = output.logits.argmax(dim=1) == batch.labels
-        sums = {"counts": output.counts, "correct": (is_correct & batch.mask).sum()}
+        predicted_B = output.logits.argmax(dim=1)
+        if batch.targets is None:
+            correct_B = (predicted_B == batch.labels).to(torch.float32)
+        else:
+            correct_B = batch.targets.gather(1, predicted_B.unsqueeze(1)).squeeze(1)
+        correct = correct_B.masked_fill(~batch.mask, 0).sum()
+        sums = {"counts": output.counts, "correct": correct}
         sums |= {f"part/{name}": value for name, value in output.parts.items()}
         report.is_finite = report.is_finite & torch.isfinite(output.loss.detach())
         add_sums(report.sums, sums)
