@@ -1,19 +1,24 @@
 """Each method's loss against its formula written out, and which tensors it detaches."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from dkl import methods
 from dkl.attacks import PGDSettings, ThreatModel
-from tests.methods.conftest import NUM_CLASSES, cut, make_batch, make_context
+from tests.methods.conftest import (
+    NUM_CLASSES,
+    assert_parts_add_up,
+    make_batch,
+    make_context,
+    padded,
+)
 
 ATTACK = PGDSettings(ThreatModel("Linf", 0.1), num_steps=3, step_size=0.05, random_start="uniform")
 ADVERSARIAL = {
     "pgd_at": lambda: methods.pgd_at(ATTACK),
     "trades": lambda: methods.trades(ATTACK, beta=3.0),
+    "mart": lambda: methods.mart(ATTACK, beta=5.0),
     "ikl_at": lambda: methods.ikl_at(ATTACK, NUM_CLASSES, mse_weight=5.0, ce_weight=2.0),
     "ikl_at_sample_weights": lambda: methods.ikl_at(ATTACK, NUM_CLASSES, class_weights=False),
     "dkl_at": lambda: methods.ikl_at(ATTACK, NUM_CLASSES, break_asymmetry=False),
@@ -149,26 +154,7 @@ def test_parts_of_a_step_add_up_to_the_whole(model, teacher, name):
     assert not method.couples_batch
     if getattr(method, "term", None) is not None and method.term.statistics is not None:
         fill_table(method)
-    whole = make_batch(7)
-    output, _ = step(method, model, whole)
-    expected = torch.autograd.grad(output.loss, list(model.parameters()))
-    total = [torch.zeros_like(parameter) for parameter in model.parameters()]
-    for start, stop in ((0, 4), (4, 7)):
-        part = cut(whole, start, stop)
-        if stop == 7:
-            part = replace(
-                part,
-                images=torch.cat([part.images, part.images[:1]]),
-                labels=torch.cat([part.labels, part.labels[:1]]),
-                mask=torch.tensor([True, True, True, False]),
-                indices=torch.cat([part.indices, part.indices[:1]]),
-            )
-        context = make_context(part, whole=whole)
-        loss = method.loss(model, method.prepare(model, part, context), context).loss
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-        total = [a + b for a, b in zip(total, gradients, strict=True)]
-    for a, b in zip(total, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert_parts_add_up(method, model, make_batch(7), padded)
 
 
 def test_gkl_with_sample_weights_declares_that_it_couples_the_batch(model):

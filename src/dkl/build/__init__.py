@@ -3,10 +3,13 @@
 from dkl.build.evaluating import evaluate_run
 from dkl.build.training import TrainOutcome, train, train_recipe
 from dkl.build.tuning import TuneOutcome, tune_recipe
+from dkl.data import convert_carmon, convert_npz
 
 __all__ = [
     "TrainOutcome",
     "TuneOutcome",
+    "convert_carmon",
+    "convert_npz",
     "evaluate_run",
     "train",
     "train_recipe",

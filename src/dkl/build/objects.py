@@ -2,30 +2,46 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dkl import config, methods
-from dkl.attacks import AdversarialWeightPerturbation, PGDSettings, ThreatModel
-from dkl.data import Augment, ImageData, basic_augment, load_data, split_validation
+from dkl import config
+from dkl.attacks import AdversarialWeightPerturbation
+from dkl.data import (
+    Augment,
+    GeneratedImages,
+    ImageData,
+    MixedSource,
+    cutmix,
+    load_data,
+    make_augment,
+    split_validation,
+    write_npz,
+)
 from dkl.engine import schedules
 from dkl.engine.averaging import AverageSettings
-from dkl.methods.protocol import Method
+from dkl.engine.batches import Mix
 from dkl.models import create_model, load_checkpoint
+from dkl.models.dual_batch_norm import add_dual_batch_norm
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The data of a run; ``validation`` is held out of the training data, or None."""
+    """The data of a run; ``validation`` is held out of the training data, or None.
+
+    ``unused`` are the training images beyond ``data.train_limit``.
+    """
 
     train: ImageData
     validation: ImageData | None
     test: ImageData
+    unused: ImageData | None = None
 
 
 def build_data(settings: config.DataSettings, seed: int) -> Splits:
@@ -34,34 +50,93 @@ def build_data(settings: config.DataSettings, seed: int) -> Splits:
     validation = None
     if settings.validation_fraction > 0:
         train, validation = split_validation(train, settings.validation_fraction, seed)
+    unused = None
+    if settings.train_limit is not None and settings.train_limit < len(train):
+        unused = train.subset(torch.arange(settings.train_limit, len(train)))
     train, test = _first(train, settings.train_limit), _first(test, settings.test_limit)
-    return Splits(train, validation, test)
+    return Splits(train, validation, test, unused)
 
 
 def _first(data: ImageData, limit: int | None) -> ImageData:
     return data if limit is None else data.subset(torch.arange(min(limit, len(data))))
 
 
+def build_source(
+    settings: config.DataSettings, splits: Splits, batch_size: int, folder: Path
+) -> ImageData | MixedSource:
+    """Return what the loop trains on: the real images, or those mixed with generated ones.
+
+    Args:
+        settings: of the data.
+        splits: the real images.
+        batch_size: samples of an optimiser step.
+        folder: where ``held_out`` images are written as a file.
+
+    Raises:
+        ValueError: files that are missing or do not fit.
+    """
+    generated, train = settings.generated, splits.train
+    if generated is None:
+        return train
+    parts = [Path(part).expanduser() for part in generated.parts]
+    if generated.held_out:
+        if splits.unused is None:
+            raise ValueError(
+                f"data.generated.held_out takes the images beyond data.train_limit, and there are "
+                f"none: {len(train)} images are left for training; lower data.train_limit"
+            )
+        parts = [folder / "held_out.npz"]
+        if not parts[0].exists():
+            write_npz(splits.unused, parts[0])
+    shape = train.images.shape[1:]
+    pool = GeneratedImages(
+        parts, num_classes=train.num_classes, image_shape=(shape[0], shape[1], shape[2])
+    )
+    return MixedSource(
+        train,
+        pool,
+        fraction=generated.fraction,
+        samples_per_epoch=generated.samples_per_epoch or len(train),
+        batch_size=batch_size,
+    )
+
+
 def build_augment(settings: config.AugmentSettings | None) -> Augment | None:
     """Return the batch augmentation, or None."""
-    if settings is None:
+    return None if settings is None else make_augment(**settings.model_dump(exclude={"cutmix"}))
+
+
+def build_views(settings: config.DataSettings) -> list[Augment]:
+    """Return the augmentations of the further views of every image."""
+    views = (build_augment(view) for view in settings.views)
+    return [view for view in views if view is not None]
+
+
+def build_mix(settings: config.AugmentSettings | None) -> Mix | None:
+    """Return what mixes two images and says whose share is how large, or None."""
+    if settings is None or settings.cutmix == 0:
         return None
-    return basic_augment(settings.padding, settings.padding_mode, settings.flip)
+    return partial(cutmix, probability=settings.cutmix)
 
 
-def build_model(settings: config.ModelSettings, data: ImageData, seed: int) -> nn.Module:
+def build_model(
+    settings: config.ModelSettings, data: ImageData, seed: int, *, num_classes: int | None = None
+) -> nn.Module:
     """Build the network for the data, initialised by the seed, and leave torch's generator be."""
-    mean, std = data.mean_std() if settings.normalize else (None, None)
+    mean, std = settings.mean, settings.std
+    if settings.normalize and mean is None:
+        mean, std = data.mean_std()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return create_model(
+        model = create_model(
             settings.name,
-            data.num_classes,
+            data.num_classes if num_classes is None else num_classes,
             in_channels=data.images.shape[1],
             mean=mean,
             std=std,
             **settings.kwargs,
         )
+    return add_dual_batch_norm(model) if settings.dual_batch_norm else model
 
 
 def load_teacher_checkpoint(settings: config.TeacherSettings, data: ImageData) -> nn.Module:
@@ -71,63 +146,6 @@ def load_teacher_checkpoint(settings: config.TeacherSettings, data: ImageData) -
     model = build_model(settings.model, data, seed=0)
     load_checkpoint(model, Path(settings.checkpoint))
     return model
-
-
-def build_attack(
-    settings: config.AttackSettings, num_epochs: int
-) -> Callable[[int, int], PGDSettings]:
-    """Return the training attack of every epoch: eps ramp and step budget applied."""
-    ramp_epochs = settings.epsilon_ramp_epochs
-    ramp = schedules.linear_ramp(num_epochs if ramp_epochs == "all" else ramp_epochs or 1)
-    budget = (
-        None if settings.budget is None else schedules.attack_steps(settings.budget, num_epochs)
-    )
-
-    def attack_of(epoch: int, num_epochs: int) -> PGDSettings:  # noqa: ARG001
-        eps = settings.eps * ramp(epoch)
-        if budget is not None:
-            num_steps, step_factor = budget(epoch)
-            step_size = step_factor * eps
-        else:
-            num_steps, step_size = settings.num_steps or 1, settings.step_size or eps
-        return PGDSettings(
-            ThreatModel(settings.norm, eps),
-            num_steps,
-            step_size,
-            settings.random_start,
-            settings.batch_norm,
-        )
-
-    return attack_of
-
-
-def build_method(
-    settings: config.MethodSettings,
-    num_classes: int,
-    num_epochs: int,
-    teacher: nn.Module | None = None,
-) -> Method:
-    """Build the training method; ``teacher`` is needed by the distillation methods."""
-    options = settings.model_dump(exclude={"kind", "attack", "teacher"})
-    if isinstance(settings, config.Natural):
-        return methods.NaturalTraining(**options)
-    if isinstance(settings, config.KD | config.IKLKD | config.GKLKD):
-        if teacher is None:
-            raise ValueError(f"method {settings.kind} needs a teacher")
-        if isinstance(settings, config.KD):
-            return methods.kd(
-                teacher,
-                temperature=settings.temperature,
-                hard_weight=settings.ce_weight,
-                soft_weight=settings.kd_weight,
-            )
-        return methods.ikl_kd(teacher, num_classes, **options)
-    attack = build_attack(settings.attack, num_epochs)
-    if isinstance(settings, config.PGDAT):
-        return methods.pgd_at(attack, **options)
-    if isinstance(settings, config.TRADES):
-        return methods.trades(attack, **options)
-    return methods.ikl_at(attack, num_classes, **options)
 
 
 def build_optimizer(settings: config.OptimizerSettings) -> MakeOptimizer:
@@ -143,23 +161,40 @@ def build_optimizer(settings: config.OptimizerSettings) -> MakeOptimizer:
 def build_schedule(settings: config.ScheduleSettings, num_epochs: int) -> schedules.Schedule:
     """Return the learning-rate schedule over epochs."""
     if isinstance(settings, config.OneCycle):
-        return schedules.one_cycle(
+        # Evaluated once an epoch, torch's OneCycleLR counts evaluations: see ``one_cycle``.
+        cycle = schedules.one_cycle(
             num_epochs,
             pct_start=settings.pct_start,
             div=settings.div,
             final_div=settings.final_div,
+            unit=1.0 if settings.per_epoch else 0.0,
         )
+        return schedules.per_epoch(cycle) if settings.per_epoch else cycle
     if isinstance(settings, config.Cosine):
         # Per epoch as published: (1 + cos(pi e / (E + 1))) / 2 for e = 1..E.
-        shift = 1.0 if settings.per_epoch else 0.0
+        shift = 1.0 if settings.per_epoch and not settings.from_full else 0.0
         schedule = schedules.cosine(num_epochs + shift, offset=shift)
     elif isinstance(settings, config.Step):
         schedule = schedules.step_decay(settings.milestones, settings.factor)
+        if settings.first_epoch_factor != 1:
+            schedule = schedules.with_first_epoch(schedule, settings.first_epoch_factor)
     else:
         schedule = schedules.constant()
     if settings.warmup_epochs > 0:
         schedule = schedules.with_warmup(schedule, settings.warmup_epochs)
     return schedules.per_epoch(schedule) if settings.per_epoch else schedule
+
+
+def build_momentum_schedule(
+    settings: config.ScheduleSettings, num_epochs: int
+) -> schedules.Schedule | None:
+    """Return the momentum over epochs where the schedule cycles it, or None."""
+    if not isinstance(settings, config.OneCycle) or not settings.cycle_momentum:
+        return None
+    momentum = schedules.one_cycle_momentum(
+        num_epochs, pct_start=settings.pct_start, unit=1.0 if settings.per_epoch else 0.0
+    )
+    return schedules.per_epoch(momentum) if settings.per_epoch else momentum
 
 
 def build_average(settings: config.AveragingSettings | None) -> AverageSettings | None:

@@ -15,17 +15,21 @@ from torch.utils.data import Dataset
 
 from dkl import config, evaluation
 from dkl.build.checks import check_classes, count_logits, measurable
+from dkl.build.methods import build_method, build_second_model
 from dkl.build.objects import (
     MakeOptimizer,
     Splits,
     build_augment,
     build_average,
     build_data,
-    build_method,
+    build_mix,
     build_model,
+    build_momentum_schedule,
     build_optimizer,
     build_perturbation,
     build_schedule,
+    build_source,
+    build_views,
     load_teacher_checkpoint,
 )
 from dkl.build.runs import RECIPE_FILE, load_run_model, read_recipe, write_text
@@ -78,15 +82,25 @@ def train_recipe(recipe: config.Recipe, out: Path, *, resume: bool = False) -> T
         teacher = _build_teacher(recipe, out, splits.train)
     except _TeacherStoppedError:
         return TrainOutcome(out, True, None, None, time.perf_counter() - started)
-    method = build_method(recipe.method, splits.train.num_classes, recipe.training.epochs, teacher)
+    method = build_method(
+        recipe.method,
+        splits.train.num_classes,
+        recipe.training.epochs,
+        teacher,
+        build_second_model(recipe.method, splits.train, recipe.seed),
+        num_views=len(recipe.data.views),
+    )
     result = fit(
         method,
         model,
-        splits.train,
+        build_source(recipe.data, splits, recipe.training.batch_size, out),
         settings=_loop_settings(recipe),
         out_dir=out,
         make_optimizer=build_optimizer(recipe.optimizer),
         schedule=build_schedule(recipe.schedule, recipe.training.epochs),
+        momentum_schedule=build_momentum_schedule(recipe.schedule, recipe.training.epochs),
+        views=build_views(recipe.data),
+        mix=build_mix(recipe.data.augment),
         augment=build_augment(recipe.data.augment),
         validate=_validation(recipe, splits),
         weight_perturbation=build_perturbation(recipe.weight_perturbation),

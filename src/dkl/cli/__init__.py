@@ -5,9 +5,12 @@ import os
 import typer
 
 from dkl.cli.bench import bench_evaluate, bench_linear, bench_losses, bench_train
+from dkl.cli.data import convert, convert_carmon
 from dkl.cli.errors import Commands, common_options
+from dkl.cli.export import export
 from dkl.cli.processes import leave
 from dkl.cli.recipes import copy_recipe, list_recipes, show_recipe
+from dkl.cli.reproduce import reproduce
 from dkl.cli.results import compare, report
 from dkl.cli.training import evaluate, train, tune
 
@@ -62,6 +65,31 @@ app.command(
         "dkl tune digits_trades --budget 20 training.epochs=20 --json",
     )
 )(tune)
+
+app.command(
+    epilog=_examples(
+        "dkl reproduce robust-ablation --jobs 2",
+        "dkl reproduce robust-methods --seeds 0 --only trades,ikl_at",
+        "dkl reproduce robust-methods --table",
+        "dkl reproduce robust-ablation --scale paper",
+    )
+)(reproduce)
+app.command(
+    epilog=_examples(
+        "dkl export runs/cifar100_ikl_at/seed_0 --format robustbench --name Me",
+        "dkl export runs/digits_ikl_at/seed_0 --format onnx --out exported",
+    )
+)(export)
+
+_data = typer.Typer(no_args_is_help=True, help="Prepare files of generated or unlabelled images.")
+_data.command("convert", epilog=_examples("dkl data convert 50m_part1.npz --out converted"))(
+    convert
+)
+_data.command(
+    "convert-carmon",
+    epilog=_examples("dkl data convert-carmon ti_500K_pseudo_labeled.pickle --out carmon.npz"),
+)(convert_carmon)
+app.add_typer(_data, name="data")
 
 _recipes = typer.Typer(
     no_args_is_help=True, help="List, show and copy the recipes that come with dkl."

@@ -108,7 +108,14 @@ def _epochs(training: TrainingSettings, schedule: ScheduleSettings) -> Iterator[
             "schedule.milestones",
             f"must be below training.epochs ({training.epochs}), or they are never reached",
         )
-    if not isinstance(schedule, OneCycle) and schedule.warmup_epochs >= training.epochs:
+    if isinstance(schedule, OneCycle):
+        if schedule.per_epoch and schedule.pct_start * training.epochs <= 1:
+            yield (
+                "schedule.per_epoch",
+                f"leaves less than an epoch to go up: pct_start {schedule.pct_start:g} of "
+                f"{training.epochs} epochs; set it false, or train longer",
+            )
+    elif schedule.warmup_epochs >= training.epochs:
         yield "schedule.warmup_epochs", f"must be below training.epochs ({training.epochs})"
 
 
@@ -162,6 +169,12 @@ def _mixed_labels(data: DataSettings, method: MethodSettings) -> Iterator[Proble
     mixes = data.augment is not None and data.augment.cutmix > 0
     if mixes and method.kind in ("mart", "las_at", "dajat", "kd", "ikl_kd", "gkl_kd"):
         yield "data.augment.cutmix", f"method {method.kind} has no form for mixed labels; set it 0"
+    elif mixes and method.kind == "gkl_at" and method.class_weights:
+        yield (
+            "data.augment.cutmix",
+            "the denominator of GKL with class weights needs plain labels; set it 0, or "
+            "method.class_weights false",
+        )
 
 
 def _dual_batch_norm(model: ModelSettings, method: MethodSettings) -> Iterator[Problem]:

@@ -141,10 +141,11 @@ class ImageData:
         """
         if self.images.numel() == 0:
             raise ValueError(f"mean_std needs at least one pixel; got {self!r}.")
-        values = torch.arange(256, dtype=torch.float64) / 255
+        # On the CPU, whatever the default device is: it may be "meta".
+        values = torch.arange(256, dtype=torch.float64, device="cpu") / 255
         means, deviations = [], []
         for channel in range(self.images.shape[1]):
-            counts = torch.zeros(256, dtype=torch.int64)
+            counts = torch.zeros(256, dtype=torch.int64, device="cpu")
             for chunk in torch.split(self.images[:, channel], _CHUNK):
                 counts += torch.bincount(chunk.flatten(), minlength=256).cpu()
             shares = counts / counts.sum().double()

@@ -14,17 +14,45 @@ from dkl.losses.rows import compute_dtype
 from dkl.methods.protocol import Batch, StepContext, StepOutput
 
 
+def labels_of(batch: Batch) -> Tensor:
+    """Return the label distributions [B, C] of a batch that has them (CutMix), else labels [B]."""
+    return batch.labels if batch.targets is None else batch.targets
+
+
+def label_cross_entropy(logits_BC: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return the cross-entropy of each row with labels [B] or label distributions [B, C].
+
+    Label smoothing is torch's: the share is spread over all classes, those of the label included,
+    and distributions are mixed with it.
+    """
+    wide_BC = logits_BC.to(compute_dtype(logits_BC))
+    if labels.is_floating_point():
+        labels = labels.to(wide_BC.dtype)
+    return F.cross_entropy(wide_BC, labels, reduction="none", label_smoothing=label_smoothing)
+
+
 def hard_cross_entropy(
     logits_BC: Tensor, batch: Batch, context: StepContext, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Return the share of this micro-batch in the step's mean cross-entropy with the labels."""
-    values_B = F.cross_entropy(
-        logits_BC.float() if logits_BC.dtype.itemsize < 4 else logits_BC,
-        batch.labels,
-        reduction="none",
-        label_smoothing=label_smoothing,
-    )
+    """Return the share of this micro-batch in the step's mean cross-entropy with the labels.
+
+    Label distributions (``batch.targets``) are used where there are any.
+    """
+    # Filled before any arithmetic: zero times NaN would be NaN in the gradient.
+    counted_BC = logits_BC.masked_fill(~batch.mask[:, None], 0.0)
+    values_B = label_cross_entropy(counted_BC, labels_of(batch), label_smoothing)
     return values_B.masked_fill(~batch.mask, 0.0).sum() / context.num_items
+
+
+def smoothing_in(context: StepContext, label_smoothing: float, smooth_direction: bool) -> float:
+    """Return the label smoothing of this pass: none in AWP's direction pass unless it has it."""
+    return label_smoothing if smooth_direction or context.phase == "update" else 0.0
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    """Raise ValueError unless the share is in [0, 1)."""
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), such as 0.1; got {label_smoothing}")
 
 
 def step_output(
@@ -40,6 +68,10 @@ def step_output(
 
 class DecoupledTerm(nn.Module):
     """The IKL or GKL loss of a training step, with its class table, exact when a step is split.
+
+    Where labels are mixed (``batch.targets``) a sample's weights are the mixture of its classes'
+    rows, and the class statistics take it in by shares. GKL with a class table refuses such labels:
+    its denominator would need those of the whole step.
 
     Args:
         num_classes: C.
@@ -77,7 +109,7 @@ class DecoupledTerm(nn.Module):
         """Return the share of this micro-batch in the step's loss."""
         options = {
             **self.options,
-            **self.weight_source(batch.labels),
+            **self.weight_source(labels_of(batch)),
             "mask": batch.mask,
             "num_items": context.num_items,
         }
@@ -90,16 +122,28 @@ class DecoupledTerm(nn.Module):
         )
         return gkl
 
-    def weight_source(self, labels_B: Tensor) -> dict[str, Any]:
-        """Return the options of the loss that say where its weights come from."""
-        if self.statistics is not None:
-            return {"class_table": self.statistics.table, "labels": labels_B}
-        return {"weight_temperature": self.weight_temperature}
+    def weight_source(self, labels: Tensor) -> dict[str, Any]:
+        """Return the options of the loss that say where its weights come from.
+
+        Args:
+            labels: [B], or [B, C] distributions, whose weights are mixtures of the table's rows.
+        """
+        if self.statistics is None:
+            return {"weight_temperature": self.weight_temperature}
+        if labels.is_floating_point():
+            return {"class_probs": self.statistics.rows(labels)}
+        return {"class_table": self.statistics.table, "labels": labels}
 
     def _denominator(self, target_BC: Tensor, batch: Batch, context: StepContext) -> Tensor:
         """Return D of the whole step (class table), or this micro-batch's D scaled up to it."""
         gamma = 1.0 if self.gamma is None else self.gamma
         if self.statistics is not None:
+            if batch.targets is not None:
+                raise ValueError(
+                    "GKL with a class table needs one label per image, because its denominator is "
+                    "made from the labels of the whole step; this batch has mixed labels (CutMix). "
+                    "Leave CutMix out, use IKL (gamma=None), or class_weights=False"
+                )
             weights_C = self.statistics.table.pow(gamma).sum(1)
             return weights_C[context.step_labels].square().sum()
         rows_BC = target_BC.detach().to(compute_dtype(target_BC))
@@ -113,7 +157,7 @@ class DecoupledTerm(nn.Module):
     def observe(self, target_BC: Tensor, batch: Batch, context: StepContext) -> None:
         """Add the reference's predictions to the class statistics, once per step."""
         if self.statistics is not None and context.phase == "update":
-            self.statistics.update(target_BC, batch.labels, batch.mask)
+            self.statistics.update(target_BC, labels_of(batch), batch.mask)
 
     def commit(self) -> None:
         """Publish the epoch's class table; collective."""
