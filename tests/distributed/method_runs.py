@@ -14,9 +14,9 @@ from torch import nn
 
 from dkl.attacks import AdversarialWeightPerturbation, PGDSettings, ThreatModel
 from dkl.cli.processes import leave
-from dkl.data import ImageData, basic_augment
+from dkl.data import ImageData, basic_augment, cutmix
 from dkl.engine import AverageSettings, LoopSettings, fit
-from dkl.methods import ikl_at, ikl_kd, trades
+from dkl.methods import ikl_at, ikl_kd, lbgat, mart, trades
 from dkl.methods.protocol import Method
 
 NUM_CLASSES = 4
@@ -52,6 +52,16 @@ METHODS: dict[str, tuple[Callable[[], Method], dict[str, Any]]] = {
     "ikl_at": (lambda: ikl_at(ATTACK, NUM_CLASSES, **WEIGHTS), {}),
     "gkl_at": (lambda: ikl_at(UNIFORM, NUM_CLASSES, gamma=0.8, **WEIGHTS), {}),
     "trades_awp": (lambda: trades(ATTACK, beta=4.0), {"weight_perturbation": AWP}),
+    "mart_awp": (lambda: mart(ATTACK, beta=4.0), {"weight_perturbation": AWP}),
+    "lbgat_awp": (
+        lambda: lbgat(ATTACK, tiny_network(5), beta=2.0),
+        {"weight_perturbation": AWP},
+    ),
+    "ikl_at_two_views": (
+        lambda: ikl_at(ATTACK, NUM_CLASSES, second_view_weight=0.5, **WEIGHTS),
+        {"views": [basic_augment(padding=2, flip=False)]},
+    ),
+    "trades_cutmix": (lambda: trades(ATTACK, beta=4.0), {"mix": cutmix}),
     "ikl_kd": (lambda: ikl_kd(tiny_network(9), NUM_CLASSES, warmup_epochs=2, **WEIGHTS), {}),
 }
 

@@ -13,7 +13,8 @@ from dkl.engine import Checkpoint, find_checkpoint, load_checkpoint
 from dkl.engine.recorder import read_rows
 
 SCRIPT = Path(__file__).with_name("method_runs.py")
-NAMES = ("ikl_at", "gkl_at", "trades_awp", "ikl_kd")
+WITHOUT_TABLE = ("trades_awp", "mart_awp", "lbgat_awp", "trades_cutmix")
+NAMES = ("ikl_at", "gkl_at", "ikl_at_two_views", "ikl_kd", *WITHOUT_TABLE)
 TOLERANCE = 1e-6
 
 
@@ -57,7 +58,12 @@ def test_split_steps_give_the_same_trajectory(folder: Path, split: str, name: st
             torch.testing.assert_close(second[key], value, rtol=TOLERANCE, atol=1e-12)
     table = "term.statistics.table"
     methods = one.training["method"], other.training["method"]
-    assert (table in methods[0]) == (name != "trades_awp")
+    assert (table in methods[0]) == (name not in WITHOUT_TABLE)
+    assert set(methods[0]) == set(methods[1])
+    for key, value in methods[0].items():
+        if key.startswith("guide."):
+            torch.testing.assert_close(methods[1][key], value, rtol=TOLERANCE, atol=1e-12)
+    assert any(key.startswith("guide.") for key in methods[0]) == (name == "lbgat_awp")
     if table in methods[0]:
         torch.testing.assert_close(methods[1][table], methods[0][table], rtol=TOLERANCE, atol=0)
         assert methods[0][table].std() > 1e-4, "no class mean was learnt"
