@@ -1,6 +1,7 @@
 """Attacks on images within a threat model, and on weights."""
 
 from dkl.attacks.noise import Draw
+from dkl.attacks.per_sample import per_sample_pgd
 from dkl.attacks.pgd import (
     BatchNormMode,
     Objective,
@@ -26,5 +27,6 @@ __all__ = [
     "cross_entropy_objective",
     "margin_objective",
     "parse_number",
+    "per_sample_pgd",
     "pgd_attack",
 ]

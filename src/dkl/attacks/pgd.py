@@ -138,14 +138,14 @@ class PGDSettings:
         Raises:
             ValueError: if the images or what model and objective return do not fit.
         """
-        _check_images(images)
+        check_images(images)
         clean = images.detach()
         if clean.numel() == 0:
             return clean.clone()
         with attack_mode(model, self.batch_norm):
             adversarial = self.threat.random_start(clean, self.random_start, draw)
             for _ in range(self.num_steps):
-                gradient = _input_gradient(model, adversarial, objective)
+                gradient = input_gradient(model, adversarial, objective)
                 moved = self.threat.step(adversarial, gradient, self.step_size)
                 adversarial = self.threat.project(moved, clean)
         return adversarial
@@ -261,7 +261,24 @@ def margin_objective(labels: Tensor) -> Objective:
     return objective
 
 
-def _input_gradient(model: nn.Module, images: Tensor, objective: Objective) -> Tensor:
+def input_gradient(model: nn.Module, images: Tensor, objective: Objective) -> Tensor:
+    """Return the gradient of an objective of the logits with respect to the images.
+
+    Args:
+        model: images to logits [N, C], in ``attack_mode``.
+        images: [N, ...] floats.
+        objective: logits to values [N] or a scalar; summed over samples.
+
+    Returns:
+        The gradient, shape of ``images``; ``.grad`` of nothing is touched.
+
+    Raises:
+        ValueError: if what model or objective return does not fit.
+
+    Example:
+        >>> input_gradient(nn.Identity(), torch.ones(1, 2), lambda logits: logits.square().sum(1))
+        tensor([[2., 2.]])
+    """
     with torch.enable_grad():
         variable = images.detach().requires_grad_()
         logits = model(variable)
@@ -287,7 +304,18 @@ def _input_gradient(model: nn.Module, images: Tensor, objective: Objective) -> T
     return gradient
 
 
-def _check_images(images: Tensor) -> None:
+def check_images(images: Tensor) -> None:
+    """Raise a ValueError unless images can be attacked: floats [N, ...] in [0, 1].
+
+    Args:
+        images: what an attack was given.
+
+    Raises:
+        ValueError: if they are not, or gradients are ruled out by inference mode.
+
+    Example:
+        >>> check_images(torch.rand(2, 3))
+    """
     if torch.is_inference_mode_enabled():
         raise ValueError(
             "attacks need gradients, which torch.inference_mode() rules out; "
