@@ -80,6 +80,8 @@ def quick_attacks(monkeypatch):
         def __init__(self, *args, **settings):
             super().__init__(*args, **settings)
             self.apgd.n_iter = self.apgd_targeted.n_iter = 10
+            # Under L1 each radius of the schedule has its part of these.
+            self.apgd.n_iter_orig = self.apgd_targeted.n_iter_orig = 10
             self.fab.n_iter = 5
 
     monkeypatch.setattr(pyautoattack, "AutoAttack", QuickAutoAttack)

@@ -84,13 +84,13 @@ def test_records_and_result_agree(digits):
     assert result.adversarial is None
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("Linf", "25/255"), ("L2", 0.5)])
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", "25/255"), ("L2", 0.5), ("L1", 2.0)])
 def test_adversarial_images_prove_the_flags(digits, norm, eps):
     problem = digits.take(40)
     result = run(problem, eps=eps, norm=norm, return_adversarial=True)
-    delta = (result.adversarial - problem.images).flatten(1)
-    sizes = delta.norm(dim=1) if norm == "L2" else delta.abs().amax(dim=1)
-    assert (sizes <= result.eps + 1e-6).all()
+    order = {"Linf": torch.inf, "L2": 2, "L1": 1}[norm]
+    sizes = (result.adversarial - problem.images).double().flatten(1).norm(order, dim=1)
+    assert (sizes <= result.eps + (1e-6 if norm != "L1" else 1e-5)).all()
     assert result.adversarial.min() >= 0
     assert result.adversarial.max() <= 1
     assert torch.equal(problem.model(result.adversarial).argmax(1), result.predictions)
@@ -375,8 +375,10 @@ def test_model_outputs_that_cannot_be_judged(digits, change, message):
         ({"eps": 0}, "positive"),
         ({"eps": -0.1}, "at least 0"),
         ({"eps": "much"}, "8/255"),
-        ({"norm": "L1"}, "L1"),
-        ({"version": "plus"}, '"standard" or "fast"'),
+        ({"norm": "L0"}, "L0"),
+        ({"norm": "L2", "eps": 20}, r"divided by 255.*20/255"),
+        ({"norm": "L1", "eps": 64}, "holds every image of 64 pixels"),
+        ({"version": "plus"}, '"standard", "fast" or "square"'),
         ({"batch_size": 0}, "batch_size"),
         ({"seed": -1}, "seed"),
     ],
@@ -390,8 +392,53 @@ def test_large_radii_are_fine_under_l2(digits):
     assert run(digits.take(4), eps=3.0, norm="L2").robust_accuracy == 0
 
 
-def test_tiny_images_have_no_square_under_l2():
+@pytest.mark.parametrize("norm", ["L2", "L1"])
+@pytest.mark.parametrize("version", ["standard", "square"])
+def test_tiny_images_have_no_square_under_l2_and_l1(norm, version):
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     images, labels = torch.rand(2, 1, 4, 4), torch.zeros(2).long()
     with pytest.raises(ValueError, match="at least 5 x 5"):
-        auto_attack(model, images, labels, eps=0.1, norm="L2")
+        auto_attack(model, images, labels, eps=0.1, norm=norm, version=version)
+
+
+@pytest.mark.parametrize(
+    ("version", "num_classes", "targets", "standard"),
+    [
+        ("standard", 3, [None, None, None], False),
+        ("standard", 5, [None, 4, 4, None], False),
+        ("standard", 8, [None, 5, 7, None], False),
+        ("standard", 10, [None, 5, 9, None], True),
+        ("fast", 8, [None, 5], True),
+    ],
+)
+def test_class_rules_under_l1(version, num_classes, targets, standard):
+    plan = plan_phases(version, num_classes, "L1")
+    assert [phase.n_targets for phase in plan.phases] == targets
+    assert plan.phases[0].n_restarts == 5
+    assert [phase.shrinks_radius for phase in plan.phases] == [
+        phase.name.startswith("apgd") for phase in plan.phases
+    ]
+    assert plan.changed is not standard
+
+
+def test_square_alone_starts_from_the_clean_images(digits):
+    problem = digits.take(40)
+    result = run(problem, version="square", eps=0.15)
+    assert [record.name for record in result.attacks] == ["square"]
+    assert result.attacks[0].num_attacked == int(result.clean_correct.sum())
+    assert 0 < result.robust.sum() < result.clean_correct.sum()
+    assert not result.standard
+    # That it breaks much says nothing about gradient attacks, which did not run.
+    assert result.notes == ()
+
+
+def test_square_needs_no_gradients(digits):
+    blind = Wrapped(digits.model, lambda logits: logits.detach())
+    problem = digits.take(20)
+    result = auto_attack(blind, problem.images, problem.labels, eps=0.15, version="square")
+    assert torch.equal(result.robust, run(problem, version="square", eps=0.15).robust)
+
+
+def test_time_left_follows_the_pace():
+    assert AttackProgress("a", 0, 1, 0, 9, 9, 9, 0.0).seconds_left is None
+    assert AttackProgress("a", 0, 1, 9, 9, 3, 9, 5.0).seconds_left == 0

@@ -26,7 +26,9 @@ for name, case in cases.items():
         seed=case["seed"], version="standard",
     )
     ensemble.attacks_to_run = case["attacks"]
-    ensemble.apgd_targeted.n_target_classes = case["n_targets"]
+    # Under L1 the package's own number of targets stands: it is part of what is compared.
+    if case["norm"] != "L1" or case["n_targets"] < 5:
+        ensemble.apgd_targeted.n_target_classes = case["n_targets"]
     ensemble.fab.n_target_classes = case["n_targets"]
     ensemble.square.n_queries = case["n_queries"]
     results[name] = ensemble.run_standard_evaluation(
@@ -56,6 +58,8 @@ class Case:
 CASES = {
     "standard": Case(10, "Linf", 0.1, num_samples=60, batch_size=40, n_queries=5000),
     "standard-L2": Case(10, "L2", 0.5, n_queries=100, seed=3),
+    "standard-L1": Case(10, "L1", 2.0, num_samples=20, n_queries=100),
+    "5-classes-L1": Case(5, "L1", 2.5, num_samples=16, n_targets=4, n_queries=50),
     "fast": Case(10, "Linf", 0.12, attacks=STANDARD[:2], batch_size=15),
     "5-classes": Case(5, "Linf", 0.1, n_targets=4),
     "3-classes": Case(3, "Linf", 0.15, attacks=("apgd-ce", "fab", "square")),
@@ -63,8 +67,10 @@ CASES = {
     "apgd-t": Case(10, "Linf", 0.1, attacks=("apgd-t",), num_samples=16, whole_ensemble=False),
     "fab-t": Case(10, "Linf", 0.1, attacks=("fab-t",), num_samples=16, whole_ensemble=False),
     "fab-t-L2": Case(10, "L2", 0.5, attacks=("fab-t",), num_samples=16, whole_ensemble=False),
-    "square": Case(10, "Linf", 0.12, attacks=("square",), whole_ensemble=False),
-    "square-L2": Case(10, "L2", 0.7, attacks=("square",), whole_ensemble=False),
+    "fab-t-L1": Case(10, "L1", 2.0, attacks=("fab-t",), num_samples=16, whole_ensemble=False),
+    "square": Case(10, "Linf", 0.12, attacks=("square",)),
+    "square-L2": Case(10, "L2", 0.7, attacks=("square",)),
+    "square-L1": Case(10, "L1", 4.0, attacks=("square",)),
 }
 
 
@@ -103,7 +109,6 @@ def test_equals_the_package_sample_by_sample(name, package_results, make_problem
         alone = PhaseSettings(
             case.attacks[0],
             n_targets=case.n_targets if case.attacks[0].endswith("-t") else None,
-            n_queries=case.n_queries if case.attacks[0] == "square" else None,
         )
         monkeypatch.setattr(module, "plan_phases", lambda *_: Plan((alone,), True, ()))
     problem = make_problem(case.num_classes, case.num_samples)
@@ -113,7 +118,7 @@ def test_equals_the_package_sample_by_sample(name, package_results, make_problem
         problem.labels,
         eps=case.eps,
         norm=case.norm,
-        version="fast" if name == "fast" else "standard",
+        version={"fast": "fast", "square": "square"}.get(name.split("-")[0], "standard"),
         batch_size=case.batch_size,
         seed=case.seed,
         return_adversarial=True,
@@ -127,12 +132,15 @@ def test_equals_the_package_sample_by_sample(name, package_results, make_problem
     assert 0 < result.robust.sum() < result.clean_correct.sum()
 
 
-def test_standard_settings_are_the_package_s():
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+def test_standard_settings_are_the_package_s(norm):
     """The numbers of restarts, targets and queries are the ones the package sets."""
     from pyautoattack import AutoAttack
 
-    ensemble = AutoAttack(torch.nn.Identity(), version="standard", eps=0.1)
-    by_name = {phase.name: phase for phase in plan_phases("standard", 10).phases}
+    ensemble = AutoAttack(torch.nn.Identity(), version="standard", eps=0.1, norm=norm)
+    by_name = {phase.name: phase for phase in plan_phases("standard", 10, norm).phases}
+    assert by_name["apgd-ce"].shrinks_radius == ensemble.apgd.use_largereps
+    assert by_name["apgd-t"].shrinks_radius == ensemble.apgd_targeted.use_largereps
     assert list(by_name) == ensemble.attacks_to_run
     assert by_name["apgd-ce"].n_restarts == ensemble.apgd.n_restarts
     assert by_name["apgd-t"].n_restarts == ensemble.apgd_targeted.n_restarts

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dkl.evaluation import StateMismatchError, auto_attack
-from dkl.evaluation.auto_attack_state import EvaluationState, hash_model, hash_tensors
+from dkl.evaluation.state import EvaluationState, hash_model, hash_tensors
 
 SETTINGS = {"eps": 0.1, "version": "fast", "batch_size": 12, "return_adversarial": True}
 

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from dkl.evaluation import accuracy, auto_attack, epsilon_sweep, pgd_robust
+from dkl.evaluation import (
+    accuracy,
+    auto_attack,
+    epsilon_sweep,
+    masking_checks,
+    pgd_images,
+    pgd_robust,
+    transfer_robust,
+)
 from dkl.evaluation.inputs import arithmetic, float_images
 
 pytestmark = pytest.mark.usefixtures("quick_attacks")
@@ -17,6 +25,8 @@ ENTRY_POINTS = {
     "accuracy": accuracy,
     "pgd_robust": lambda *data: pgd_robust(*data, eps=0.1),
     "auto_attack": lambda *data: auto_attack(*data, eps=0.1),
+    "transfer_robust": lambda model, *data: transfer_robust(model, MODEL, *data, eps=0.1),
+    "masking_checks": lambda *data: masking_checks(*data, eps=0.1),
     "epsilon_sweep": lambda *data: epsilon_sweep(*data, [0.1]),
 }
 
@@ -69,6 +79,19 @@ def test_no_grad_around_it_is_fine(entry):
             assert torch.equal(
                 torch.as_tensor(getattr(without, name)), torch.as_tensor(getattr(with_grad, name))
             )
+
+
+def test_pgd_images_want_good_data_too():
+    for images, labels, message in BAD[:-1]:
+        with pytest.raises(ValueError, match=message):
+            pgd_images(MODEL, images, labels, eps=0.1)
+
+
+def test_eps_in_pixel_units_is_refused_under_every_norm():
+    """A ball that holds every image says that the radius is in units of 0 to 255."""
+    for norm, eps in (("Linf", 8), ("L2", 128), ("L1", 255 * 12)):
+        with pytest.raises(ValueError, match="/255"):
+            auto_attack(MODEL, IMAGES, LABELS, norm=norm, eps=eps, version="fast")
 
 
 def test_float_images_are_a_contiguous_copy():

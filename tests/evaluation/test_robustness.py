@@ -6,8 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from dkl.evaluation import auto_attack, epsilon_sweep, pgd_robust, predict_logits
-from dkl.evaluation.robustness import SampleDraw
+from dkl.evaluation import (
+    StateMismatchError,
+    auto_attack,
+    epsilon_sweep,
+    pgd_robust,
+    predict_logits,
+)
+from dkl.evaluation.noise import SampleDraw
 
 
 def run(problem, **settings):
@@ -148,13 +154,54 @@ def test_half_logits_are_attacked_in_float32(digits):
         ({"random_start": "normal"}, "gaussian"),
         ({"num_restarts": 0}, "num_restarts"),
         ({"num_restarts": 2, "random_start": "none"}, "random start"),
-        ({"norm": "L1"}, "L1"),
+        ({"norm": "L1"}, "AutoAttack"),
+        ({"norm": "L0"}, "L0"),
+        ({"norm": "L2", "eps": 128}, "divided by 255"),
         ({"sample_ids": torch.arange(3)}, "100 integers"),
     ],
 )
 def test_settings_that_make_no_sense(digits, settings, message):
     with pytest.raises(ValueError, match=message):
         run(digits, **settings)
+
+
+def test_progress_and_every_stopping_point(digits, tmp_path):
+    """An attack that was stopped goes on and attacks nothing twice."""
+    states = []
+    straight = run(digits, batch_size=25, progress=states.append)
+    done = [state.num_done for state in states]
+    assert done == [25, 50, 75, int(clean(digits).sum())]
+    assert [state.attack for state in states] == ["pgd-10"] * 4
+    assert states[-1].num_robust == int(straight.sum())
+    for stop in range(1, 5):
+        seen, folder = [], tmp_path / str(stop)
+
+        def count(state, seen=seen, stop=stop):
+            seen.append(state)
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(digits, batch_size=25, state_dir=folder, progress=count)
+        saved = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+        assert len(saved) == stop + 2  # and the manifest and the clean flags
+        assert torch.equal(run(digits, batch_size=25, state_dir=folder), straight)
+        assert all(path.stat().st_mtime_ns == time for path, time in saved.items())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"eps": 0.11}, {"num_steps": 11}, {"objective": "margin"}, {"seed": 1}, {"num_restarts": 2}],
+)
+def test_a_state_of_another_attack_is_refused(digits, tmp_path, changed):
+    problem = digits.take(10)
+    run(problem, state_dir=tmp_path)
+    with pytest.raises(StateMismatchError, match=next(iter(changed))):
+        run(problem, state_dir=tmp_path, **changed)
+    with torch.no_grad():
+        problem.model[1].bias[0] += 1
+    with pytest.raises(StateMismatchError, match="weights"):
+        run(problem, state_dir=tmp_path)
 
 
 @pytest.mark.parametrize("attack", ["pgd", "cw", "auto_attack_fast"])
@@ -182,7 +229,7 @@ def test_sweep_agrees_with_single_evaluations_but_for_what_is_known_broken(digit
 
 
 def test_sweep_attacks_only_survivors(digits, monkeypatch):
-    import dkl.evaluation.robustness as module
+    import dkl.evaluation.sweep as module
 
     attacked = []
     original = module.pgd_robust
@@ -201,8 +248,81 @@ def test_sweep_attacks_only_survivors(digits, monkeypatch):
     assert sweep.robust_accuracy[2:] == (0.0, 0.0)
 
 
+def test_sweep_takes_what_is_known(digits, monkeypatch):
+    """Flags that are known are not found again, and count at every larger radius."""
+    import dkl.evaluation.sweep as module
+
+    attacked = []
+    original = module.pgd_robust
+
+    def noted(model, images, labels, **settings):
+        attacked.append(settings["eps"])
+        return original(model, images, labels, **settings)
+
+    data = (digits.model, digits.images, digits.labels)
+    whole = epsilon_sweep(*data, [0.0, 0.05, 0.1, 0.15], num_steps=5)
+    monkeypatch.setattr(module, "pgd_robust", noted)
+    flags = dict(zip(whole.epsilons, whole.robust, strict=True))
+    known = {radius: flags[radius] for radius in (0.0, 0.05, 0.1)}
+    last = epsilon_sweep(*data, [0.15], num_steps=5, known=known)
+    assert torch.equal(last.robust[0], whole.robust[3])
+    assert attacked == [0.15]
+    # A stronger attack's flags at one radius: what it broke stays broken.
+    nothing = torch.zeros(100, dtype=torch.bool)
+    strong = epsilon_sweep(*data, [0.05, 0.1, 0.15], num_steps=5, known={0.1: nothing})
+    assert torch.equal(strong.robust[0], whole.robust[1])
+    assert not strong.robust[1:].any()
+    with pytest.raises(ValueError, match=r"\[100\]"):
+        epsilon_sweep(*data, [0.1], known={0.1: nothing[:3]})
+
+
+@pytest.mark.parametrize("attack", ["pgd", "auto_attack_fast"])
+@pytest.mark.usefixtures("quick_attacks")
+def test_sweep_goes_on_where_it_was_cut_short(digits, tmp_path, attack):
+    problem = digits.take(40)
+    data = (problem.model, problem.images, problem.labels, [0.05, 0.12])
+    options = {"attack": attack, "batch_size": 10}
+    straight = epsilon_sweep(*data, **options)
+    seen = []
+
+    def stop(state):
+        seen.append(state)
+        if len(seen) == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        epsilon_sweep(*data, state_dir=tmp_path, progress=stop, **options)
+    saved = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
+    assert torch.equal(epsilon_sweep(*data, state_dir=tmp_path, **options).robust, straight.robust)
+    assert all(path.stat().st_mtime_ns == time for path, time in saved.items())
+    assert {path.name for path in tmp_path.iterdir()} == {"eps_0.05", "eps_0.12"}
+
+
+def test_steps_of_a_sweep_follow_the_radius(digits):
+    data = (digits.model, digits.images, digits.labels)
+    sweep = epsilon_sweep(*data, [0.05, 0.1], num_steps=3, relative_step=0.5)
+    small = run(digits, eps=0.05, num_steps=3, step_size=0.025)
+    large = run(digits, eps=0.1, num_steps=3, step_size=0.05)
+    assert torch.equal(sweep.robust, torch.stack([small, small & large]))
+    assert not torch.equal(sweep.robust, epsilon_sweep(*data, [0.05, 0.1], num_steps=3).robust)
+
+
+@pytest.mark.usefixtures("quick_attacks")
+def test_sweep_under_l1_is_for_auto_attack(digits):
+    problem = digits.take(30)
+    data = (problem.model, problem.images, problem.labels, [1.0, 3.0])
+    sweep = epsilon_sweep(*data, norm="L1", attack="auto_attack_fast")
+    assert sweep.robust_accuracy[0] > sweep.robust_accuracy[1]
+    with pytest.raises(ValueError, match="AutoAttack"):
+        epsilon_sweep(*data, norm="L1")
+
+
 def test_sweep_settings_that_make_no_sense(digits):
     data = (digits.model, digits.images, digits.labels)
+    with pytest.raises(ValueError, match="relative_step"):
+        epsilon_sweep(*data, [0.1], relative_step=0.0)
+    with pytest.raises(ValueError, match="chooses its own steps"):
+        epsilon_sweep(*data, [0.1], attack="auto_attack_fast", relative_step=0.2)
     with pytest.raises(ValueError, match="at least one radius"):
         epsilon_sweep(*data, [])
     with pytest.raises(ValueError, match=r"8/255\?"):

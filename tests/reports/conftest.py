@@ -6,10 +6,11 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
-from dkl.reports import ResultRow, append_results, settings_hash
+from dkl.reports import ResultRow, Run, append_results, read_run, settings_hash
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # name -> final clean accuracy, robustness (AutoAttack), training seconds per epoch, margin level
@@ -17,6 +18,34 @@ RECIPES = {
     "digits_natural": (0.989, 0.0, 0.08, 0.97),
     "digits_trades": (0.981, 0.46, 0.41, 0.62),
     "digits_ikl_at": (0.983, 0.535, 0.45, 0.66),
+}
+
+# Rows of the paper's tables -> clean accuracy, AutoAttack, changes to the recipe.
+GENERATED = {"held_out": True, "fraction": 0.7}
+AUTO = {"auto_augment": True, "padding": 2}
+SUITE: dict[str, tuple[float, float, dict[str, object]]] = {
+    "natural": (0.915, 0.0, {"method": {"kind": "natural"}}),
+    "pgd_at": (0.781, 0.521, {}),
+    "pgd_at_awp": (0.776, 0.528, {}),
+    "trades": (0.775, 0.561, {}),
+    "trades_awp": (0.772, 0.566, {}),
+    "mart": (0.768, 0.549, {}),
+    "lbgat": (0.783, 0.543, {}),
+    "las_at": (0.786, 0.538, {}),
+    "acat": (0.79, 0.552, {}),
+    "dajat": (0.782, 0.558, {"data__views": [AUTO, AUTO], "model__dual_batch_norm": True}),
+    "ikl_at": (0.801, 0.563, {}),
+    "gkl_at": (0.803, 0.56, {}),
+    "ikl_at_autoaugment": (0.793, 0.565, {"data__views": [AUTO]}),
+    "dm_at": (0.812, 0.578, {"data__generated": GENERATED}),
+    "ikl_at_generated": (0.818, 0.583, {"data__generated": GENERATED}),
+}
+
+SMALL = {
+    "data": {"name": "fashion_mnist", "folder": None, "train_limit": 20000, "augment": None},
+    "model": {"name": "convnet_small", "kwargs": {"width": 16}},
+    "training": {"epochs": 6, "batch_size": 64},
+    "evaluation": {"norm": "Linf", "eps": 0.1, "step_size": 0.025, "num_images": 500},
 }
 
 WriteRun = Callable[..., Path]
@@ -65,22 +94,7 @@ def result_rows(
     noise: random.Random, recipe: dict[str, object], numbers: tuple[float, float, float, float]
 ) -> list[ResultRow]:
     clean, robust, _, margin = numbers
-    common = {
-        "run_name": recipe["name"],
-        "seed": recipe["seed"],
-        "settings_hash": settings_hash(recipe),
-        "weights_hash": f"{noise.getrandbits(64):016x}",
-        "versions": {"dkl": "0.1.0", "torch": "2.14.1", "python": "3.11.2"},
-        "commit": "0123456789abcdef0123456789abcdef01234567",
-        "device": "CPU, 2 threads, Some Processor 3000",
-        "time": "2026-05-01T12:00:00+00:00",
-        "seconds": 20.0,
-    }
-
-    def row(metric: str, value: float, **more: object) -> ResultRow:
-        value = round(min(1.0, max(0.0, value)) * 200) / 200
-        return ResultRow(metric=metric, value=value, **{"num_samples": 200, **common, **more})
-
+    row = row_maker(noise, recipe)
     attack = {"norm": "Linf", "epsilon": 0.2}
     rows = [row("clean_accuracy", clean + noise.gauss(0, 0.004), num_samples=360)]
     strengths = {"pgd_20": 0.05, "cw_20": 0.02, "auto_attack": 0.0}
@@ -109,6 +123,88 @@ def class_table(noise: random.Random) -> dict[str, object]:
         line[index] = 1 - sum(line)
         table.append(line)
     return {"table": table, "class_names": DIGITS}
+
+
+def suite_rows(
+    noise: random.Random, row: Callable[..., ResultRow], clean: float, robust: float
+) -> list[ResultRow]:
+    """Return what an evaluation of the robustness suite writes."""
+    attack = {"norm": "Linf", "epsilon": 0.1, "num_samples": 500}
+    rows = [row("clean_accuracy", clean + noise.gauss(0, 0.004), num_samples=10000)]
+    auto = robust + (noise.gauss(0, 0.008) if robust else 0.0)
+    extras = {"pgd_10": 0.03, "pgd_20": 0.028, "cw_10": 0.012, "cw_20": 0.01, "square": 0.06}
+    for name, extra in extras.items():
+        rows.append(row(f"{name}_accuracy", auto + extra * (robust > 0), **attack))
+    for name in ("auto_attack", "worst_case"):
+        rows.append(row(f"{name}_accuracy", auto, **attack))
+    for name, extra in (("pgd_20", 0.02), ("auto_attack", 0.0)):
+        for epsilon in (0.0, 0.025, 0.05, 0.075, 0.1, 0.125, 0.15):
+            reach = 0.115 if robust else 0.01
+            value = clean / (1 + math.exp((epsilon - reach) * 26)) * 1.05 + extra
+            more = {**attack, "epsilon": epsilon, "details": {"attack": name}}
+            rows.append(row("epsilon_sweep_accuracy", value + noise.gauss(0, 0.006), **more))
+    for check, value, message in (
+        ("zero_gradients", 0.004, "few images have a zero gradient"),
+        ("large_epsilon", 0.0, "no image withstands a large budget"),
+        ("random_noise", clean - 0.002, "random noise is weaker than the attack"),
+    ):
+        details = {"check": check, "measured": value, "expected": "< 0.1", "message": message}
+        rows.append(row("masking_check", 1.0, details=details, **attack))
+    for source, value in (("trades", robust + 0.15), ("natural", clean - 0.04)):
+        rows.append(row("transfer_accuracy", value, details={"source": source}, **attack))
+    for index, name in enumerate(DIGITS):
+        shift = 0.16 * math.sin(2.1 * index) - 0.02
+        more = {"class_index": index, "details": {"class_name": name}}
+        rows.append(row("class_accuracy", clean + shift + noise.gauss(0, 0.01), **more))
+        hard = robust + 1.4 * shift if robust else 0.0
+        value = hard + noise.gauss(0, 0.02) * (robust > 0)
+        attacked = {**more, "details": {**more["details"], "attack": "auto_attack"}}
+        rows.append(row("class_robust_accuracy", value, norm="Linf", epsilon=0.1, **attacked))
+        rows.append(row("class_margin", clean - 0.3 + shift + noise.gauss(0, 0.02), **more))
+    for images, worse in (("clean", 0.0), ("adversarial", 0.2), ("both", 0.12)):
+        for measure, value in (("intra_inter_ratio", 0.6 + worse), ("silhouette", 0.3 - worse)):
+            details = {"images": images, "measure": measure}
+            rows.append(row("feature_compactness", value + noise.gauss(0, 0.02), details=details))
+    return rows
+
+
+def save_features(path: Path, spread: float, num_classes: int = 10, per_class: int = 8) -> None:
+    """Write features.npz: blobs by class, the adversarial ones wider and nearer to each other."""
+    noise = np.random.default_rng(0)
+    centres_CD = noise.normal(size=(num_classes, 16)) * 2.2
+    labels_N = np.repeat(np.arange(num_classes), per_class)
+    around_ND = noise.normal(size=(len(labels_N), 16))
+    clean_ND = centres_CD[labels_N] + spread * around_ND
+    adversarial_ND = 0.6 * centres_CD[labels_N] + 1.3 * spread * noise.normal(size=around_ND.shape)
+    np.savez(
+        path / "features.npz",
+        clean=clean_ND.astype(np.float32),
+        adversarial=adversarial_ND.astype(np.float32),
+        labels=labels_N,
+        class_indices=np.arange(num_classes),
+    )
+
+
+def row_maker(noise: random.Random, recipe: dict[str, object]) -> Callable[..., ResultRow]:
+    common = {
+        "run_name": recipe["name"],
+        "seed": recipe["seed"],
+        "settings_hash": settings_hash(recipe),
+        "weights_hash": f"{noise.getrandbits(64):016x}",
+        "versions": {"dkl": "0.1.0", "torch": "2.14.1", "python": "3.11.2"},
+        "commit": "0123456789abcdef0123456789abcdef01234567",
+        "device": "CPU, 2 threads, Some Processor 3000",
+        "time": "2026-05-01T12:00:00+00:00",
+        "seconds": 20.0,
+    }
+
+    def row(metric: str, value: float, **more: object) -> ResultRow:
+        num_samples = more.setdefault("num_samples", 200)
+        if metric.endswith(("_accuracy", "_margin")):
+            value = round(min(1.0, max(0.0, value)) * num_samples) / num_samples
+        return ResultRow(metric=metric, value=value, **{**common, **more})
+
+    return row
 
 
 @pytest.fixture
@@ -140,5 +236,36 @@ def write_run(tmp_path: Path) -> WriteRun:
         if table if table is not None else "ikl" in name:
             (path / "class_table.json").write_text(json.dumps(class_table(noise)))
         return path
+
+    return write
+
+
+WriteSuite = Callable[..., dict[str, list[Run]]]
+
+
+@pytest.fixture
+def write_suite(tmp_path: Path) -> WriteSuite:
+    """Return a function that writes runs of the robustness suite: key -> runs, one per seed."""
+
+    def write(
+        *keys: str, seeds: tuple[int, ...] = (0, 1, 2), features: bool = False, **changes: object
+    ) -> dict[str, list[Run]]:
+        runs: dict[str, list[Run]] = {}
+        for key in keys or SUITE:
+            clean, robust, own = SUITE[key]
+            for seed in seeds:
+                noise = random.Random(f"{key} {seed}")
+                recipe = recipe_of(
+                    f"fashion_mnist_{key}_small", seed, **{**SMALL, **own, **changes}
+                )
+                path = tmp_path / f"suite-{key}-{seed}"
+                path.mkdir()
+                (path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+                rows = suite_rows(noise, row_maker(noise, recipe), clean, robust)
+                append_results(path / "results.jsonl", rows)
+                if features:
+                    save_features(path, 1.0 if "ikl" in key else 1.5)
+                runs.setdefault(key, []).append(read_run(path))
+        return runs
 
     return write

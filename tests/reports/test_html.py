@@ -1,13 +1,15 @@
+import dataclasses
 import json
 import re
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
 
 import dkl.reports.html as html_module
-from dkl.reports import compare, read_run, write_report
+from dkl.reports import compare, paper_table, read_run, save_figures, write_report
 
 FIGURES = (
     "training-curves",
@@ -178,6 +180,88 @@ def test_no_runs(tmp_path):
     with pytest.raises(ValueError, match="at least one run"):
         write_report([], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.fixture
+def suite(write_suite):
+    return write_suite("natural", "trades", "ikl_at", features=True)
+
+
+SUITE_FIGURES = (
+    "clean-versus-robust",
+    "robustness-curve",
+    "class-accuracies",
+    "class-margins",
+    "features",
+)
+
+
+def test_experiments_come_first(suite, tmp_path):
+    experiments = {
+        "robust-ablation": {"kl": suite["trades"], "ikl": suite["ikl_at"]},
+        "robust-methods": suite,
+    }
+    text = write_report([], tmp_path / "report.html", experiments=experiments).read_text("utf-8")
+    places = [text.index(f'id="{name}"') for name in ("paper-robust-ablation", "comparison")]
+    assert places == sorted(places)
+    assert text.count('<table class="paper"') == 2
+    assert "9 runs of 3 recipes" in text  # runs that tables share count once
+    for name, rows in experiments.items():
+        table = paper_table(name, rows)
+        part = text[text.index(f'id="paper-{name}"') :]
+        for note in table.notes:
+            assert note in unescape(part)
+        cells = re.findall(r"<td>(.*?)</td>", part[: part.index("</table>")], re.DOTALL)
+        shown = [unescape(cell).split() for cell in cells]
+        assert shown == [cell.split() for line in table.lines() for cell in line]
+    resources = Resources()
+    resources.feed(text)
+    assert resources.found == []
+
+
+def test_figures_of_the_suite(suite, tmp_path):
+    runs = [run for some in suite.values() for run in some]
+    text = write_report(runs, tmp_path / "report.html").read_text("utf-8")
+    assert re.findall(r'<figure id="([^"]+)">', text) == [*SUITE_FIGURES]
+    assert "masking-warning" not in text
+    assert "27 of 27 checks passed, 0 failed" in text
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    files = [file.stem for file in save_figures(runs, tmp_path / "figures")]
+    assert files == [*SUITE_FIGURES]
+
+
+def test_a_failed_check_is_a_warning_at_the_top(suite, tmp_path):
+    run = suite["ikl_at"][0]
+    rows = tuple(
+        dataclasses.replace(row, value=0.0, details={**row.details, "message": "<b>bad</b>"})
+        if row.details.get("check") == "large_epsilon"
+        else row
+        for row in run.results
+    )
+    runs = [dataclasses.replace(run, results=rows), *suite["trades"]]
+    text = write_report(runs, tmp_path / "report.html").read_text("utf-8")
+    assert text.index('role="alert"') < text.index('id="comparison"')
+    assert "fashion_mnist_ikl_at_small, seed 0: large epsilon: &lt;b&gt;bad" in text
+    assert '<td class="failed">FAILED (1 of 1 seeds)</td>' in text
+
+
+@needs_browser
+def test_a_browser_draws_the_paper_tables(suite, tmp_path):
+    experiments = {"robust-methods": suite, "epsilon-sweep": {"trades": suite["trades"]}}
+    page = write_report([], tmp_path / "report.html", experiments=experiments)
+    probed = tmp_path / "probed.html"
+    text = page.read_text(encoding="utf-8")
+    policy = "style-src 'unsafe-inline'"
+    text = text.replace(policy, f"script-src 'unsafe-inline'; {policy}")
+    probed.write_text(text.replace("</body>", PROBE), encoding="utf-8")
+    dom, console = browse(probed, tmp_path)
+    assert console == []
+    result = json.loads(re.search(r'<output id="probe">(.*?)</output>', dom)[1])
+    assert result["overflow"] == 0
+    assert set(result["boxes"]) == set(SUITE_FIGURES)
+    for name, box in result["boxes"].items():
+        assert box["shapes"] >= 30, name
 
 
 @needs_browser

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import logging
 import os
@@ -177,3 +178,30 @@ def test_the_commit_is_that_of_a_dkl_checkout_only(tmp_path, monkeypatch):
 def test_provenance_needs_no_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert provenance({"name": "a"}, device="cpu")["commit"] is None
+
+
+def test_measurements_that_share_a_metric_are_told_apart_by_details(write_suite):
+    (run,) = write_suite("trades", seeds=(0,))["trades"]
+    names = [row.details["check"] for row in run.results if row.metric == "masking_check"]
+    assert names == ["zero_gradients", "large_epsilon", "random_noise"]
+    sweeps = [
+        row.details["attack"] for row in run.results if row.metric == "epsilon_sweep_accuracy"
+    ]
+    assert sweeps == ["pgd_20"] * 7 + ["auto_attack"] * 7
+    again = dataclasses.replace(run.results[-1], value=0.125)
+    append_results(run.path / "results.jsonl", [again])
+    results = read_run(run.path).results
+    assert len(results) == len(run.results)  # the same measurement again replaces the old one
+    assert results[-1].value == 0.125
+
+
+def test_a_ratio_of_distances_may_be_above_one():
+    common = {"run_name": "x", "seed": 0, "num_samples": 9, "settings_hash": "0"}
+    ratio = {"images": "clean", "measure": "intra_inter_ratio"}
+    row = ResultRow(metric="feature_compactness", value=1.7, details=ratio, **common)
+    assert ResultRow.from_json(row.to_json()) == row
+    for details, value in (({**ratio, "measure": "silhouette"}, 1.7), (ratio, float("inf"))):
+        with pytest.raises(ValueError, match="feature_compactness needs"):
+            ResultRow(metric="feature_compactness", value=value, details=details, **common)
+    with pytest.raises(ValueError, match="details need a mapping"):
+        ResultRow(metric="clean_accuracy", value=0.5, details=None, **common)

@@ -1,28 +1,40 @@
-"""From a finished run to result rows: what its recipe says is to be measured."""
+"""From a finished run, or a file of weights, to result rows: what a recipe wants measured."""
 
-import hashlib
-import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dkl import config, evaluation
-from dkl.build.checks import measurable
-from dkl.build.objects import build_data
-from dkl.build.runs import checkpoint_name, device_for_evaluation, load_run_model, read_recipe
-from dkl.data import ImageData
-from dkl.evaluation import AttackProgress
-from dkl.evaluation.accuracy import check_clean_logits
-from dkl.reports import ResultRow, append_results, provenance
+from dkl import config
+from dkl.build.checks import check_classes, measurable
+from dkl.build.measuring import Ledger, Progress, Subject, measure
+from dkl.build.measuring_attacks import accuracy_units
+from dkl.build.measuring_checks import Surrogate, check_units
+from dkl.build.objects import Splits, build_data, build_model
+from dkl.build.runs import (
+    RECIPE_FILE,
+    checkpoint_name,
+    device_for_evaluation,
+    hash_weights,
+    load_run_model,
+    read_recipe,
+    write_text,
+)
+from dkl.engine.settings import LoopSettings
+from dkl.engine.setup import make_accelerator
+from dkl.evaluation import Processes
+from dkl.models import load_checkpoint
+from dkl.reports import ResultRow, provenance
+from dkl.reports.origin import settings_hash
 
 # Other keys of the data decide the training images, whose mean the model normalises with.
 _CHANGEABLE = ("evaluation.", "data.folder=", "data.download=", "data.test_limit=")
-Progress = Callable[[str, AttackProgress | None], None]
-"""Called with what is being measured, and AutoAttack's state where it runs."""
+# Training validates under the same norm as the evaluation, which need not bind a finished model.
+_NO_VALIDATION = ("training.best_metric=null", "evaluation.validation_attack_steps=0")
+RESULTS_FILE = "results.jsonl"
 
 
 def evaluate_run(
@@ -31,8 +43,14 @@ def evaluate_run(
     recipe_overrides: list[str] | None = None,
     which: str = "best",
     progress: Progress | None = None,
+    transfer_from: Path | None = None,
+    again: bool = False,
+    distributed: bool = False,
 ) -> list[ResultRow]:
     """Measure a run on its test data and add the rows to its results.
+
+    Rows are written as they are measured. What is in the results already, of the same weights,
+    images and settings, is not measured again; an attack that was cut short goes on.
 
     Args:
         path: a run folder, or one of its checkpoints.
@@ -40,6 +58,11 @@ def evaluate_run(
             ``data.test_limit``, laid over the run's own recipe.
         which: "best" (chosen on the validation split) or "last".
         progress: told what is being measured.
+        transfer_from: another run of the same data, or one of its checkpoints, on whose model
+            adversarial images are made as well.
+        again: measure anew what was measured before.
+        distributed: share the work with the other processes that torchrun started, which all call
+            this alike; the first one writes, all get the rows.
 
     Returns:
         One row per number.
@@ -54,204 +77,185 @@ def evaluate_run(
             f"training has settled {', '.join(settled)}; what may be changed for an evaluation is "
             "evaluation.KEY, data.folder, data.download and data.test_limit"
         )
-    changed = config.override(recipe, overrides)
+    changed = _changed(recipe, overrides)
+    processes, device = _processes_and_device(distributed)
     splits = build_data(changed.data, recipe.seed)
-    device = device_for_evaluation()
     model, weights_hash = load_run_model(path, recipe, splits.train, which)
+    measured = _Measured(
+        model,
+        weights_hash,
+        recipe=changed,
+        settings_of=recipe,
+        checkpoint=checkpoint_name(run_dir, path, which),
+        folder=run_dir,
+    )
+    return _measure(
+        measured, splits, processes, device, progress, transfer_from=transfer_from, again=again
+    )
+
+
+def evaluate_weights(
+    file: Path,
+    recipe: config.Recipe,
+    *,
+    recipe_overrides: list[str] | None = None,
+    out: Path | None = None,
+    progress: Progress | None = None,
+    transfer_from: Path | None = None,
+    again: bool = False,
+    distributed: bool = False,
+) -> list[ResultRow]:
+    """Measure a bare file of weights as a recipe says, which names its architecture and data.
+
+    Args:
+        file: weights in any of the formats of ``dkl.models.load_checkpoint``.
+        recipe: model, normalisation, test data, seed and evaluation are taken from it.
+        recipe_overrides: ``evaluation.key=value``, laid over the recipe.
+        out: folder for the results, which becomes one that `dkl compare` and `dkl report` read;
+            None: ``NAME_evaluation`` beside the file.
+        progress: told what is being measured.
+        transfer_from: see ``evaluate_run``.
+        again: measure anew what was measured before.
+        distributed: see ``evaluate_run``.
+
+    Returns:
+        One row per number.
+
+    Raises:
+        ValueError: weights that cannot be read or do not fit, overrides that do not, or a folder
+            that holds the results of another recipe.
+    """
+    overrides = recipe_overrides or []
+    if others := [text for text in overrides if not text.startswith("evaluation.")]:
+        raise ValueError(f"{', '.join(others)} belongs in the recipe; give evaluation.KEY here")
+    changed = _changed(recipe, overrides)
+    folder = out if out is not None else file.with_name(f"{file.stem}_evaluation")
+    processes, device = _processes_and_device(distributed)
+    splits = build_data(recipe.data, recipe.seed)
+    model = build_model(recipe.model, splits.train, recipe.seed)
+    load_checkpoint(model, file)
+    weights_hash = hash_weights(model.state_dict())
+    check_classes(model.eval(), splits.test)
+    processes.first(lambda: _claim_folder(folder, recipe))
+    measured = _Measured(
+        model,
+        weights_hash,
+        recipe=changed,
+        settings_of=recipe,
+        checkpoint=file.name,
+        folder=folder,
+    )
+    return _measure(
+        measured, splits, processes, device, progress, transfer_from=transfer_from, again=again
+    )
+
+
+def _changed(recipe: config.Recipe, overrides: list[str]) -> config.Recipe:
+    """Return what is to be measured, free of what only training minds."""
+    given = {text.partition("=")[0].strip() for text in overrides}
+    free = [text for text in _NO_VALIDATION if text.partition("=")[0] not in given]
+    return config.override(recipe, [*overrides, *free])
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A model, where it comes from, and where its results go."""
+
+    model: nn.Module
+    weights_hash: str
+    recipe: config.Recipe
+    settings_of: config.Recipe
+    checkpoint: str
+    folder: Path
+
+
+def _measure(
+    measured: _Measured,
+    splits: Splits,
+    processes: Processes,
+    device: torch.device,
+    progress: Progress | None,
+    *,
+    transfer_from: Path | None,
+    again: bool,
+) -> list[ResultRow]:
+    """Measure a model as its recipe says and write the rows down."""
+    recipe = measured.recipe
+    subject = Subject(
+        model=_placed(measured.model, recipe, device),
+        data=splits.test,
+        settings=recipe.evaluation,
+        seed=recipe.seed,
+        weights_hash=measured.weights_hash,
+        run_dir=measured.folder,
+        on_progress=progress,
+        processes=processes,
+    )
+    surrogate = None
+    if transfer_from is not None:
+        surrogate = _surrogate(transfer_from, recipe, device)
+    # Made before the first measurement, so that what is missing is found before the work begins.
+    units = [*accuracy_units(subject), *check_units(subject, surrogate)]
+    identity: Mapping[str, Any] = {
+        "run_name": recipe.name,
+        "seed": recipe.seed,
+        "checkpoint": measured.checkpoint,
+        "weights_hash": measured.weights_hash,
+        **provenance(config.resolved(measured.settings_of), device=device.type),
+    }
+    ledger = Ledger(measured.folder / RESULTS_FILE, identity, processes, again=again)
+    return measure(units, subject, ledger)
+
+
+def _processes_and_device(distributed: bool) -> tuple[Processes, torch.device]:
+    """Join the other processes, if there are any, and return them and this one's device."""
+    if not distributed:
+        return Processes(), device_for_evaluation()
+    device: torch.device = make_accelerator(LoopSettings(epochs=1, batch_size=1)).device
+    return Processes.of_this_run(distributed=torch.distributed.is_initialized()), device
+
+
+def _placed(model: nn.Module, recipe: config.Recipe, device: torch.device) -> nn.Module:
+    """Return a model on its device, in the memory format of its training, ready for attacks."""
     if recipe.training.channels_last:
         model.to(memory_format=torch.channels_last)
-    measure = _Measurement(
-        model=measurable(model.to(device)),
-        data=splits.test,
-        settings=changed.evaluation,
-        seed=recipe.seed,
-        weights_hash=weights_hash,
-        state_dir=run_dir / "evaluation_state",
-        progress=progress,
-    )
-    source = provenance(config.resolved(recipe), device=device.type)
-    rows = [
-        ResultRow(
-            run_name=recipe.name,
-            seed=recipe.seed,
-            checkpoint=checkpoint_name(run_dir, path, which),
-            weights_hash=weights_hash,
-            **source,
-            **numbers,
+    return measurable(model.to(device).eval())
+
+
+def _surrogate(path: Path, recipe: config.Recipe, device: torch.device) -> Surrogate:
+    """Load the model of another run, on which adversarial images are made."""
+    run_dir, other = read_recipe(path)
+    if other.data.name != recipe.data.name:
+        raise ValueError(
+            f"{path} was trained on {other.data.name}, and {recipe.data.name} is measured here: "
+            "choose a run of the same data"
         )
-        for numbers in measure.rows()
-    ]
-    append_results(run_dir / "results.jsonl", rows)
-    return rows
+    which = "last" if other.training.best_metric is None else "best"
+    places = {"folder": recipe.data.folder, "download": recipe.data.download}
+    own = build_data(other.data.model_copy(update=places), other.seed)
+    model, weights_hash = load_run_model(path, other, own.train, which)
+    name = checkpoint_name(run_dir, path, which)
+    source = f"{other.name}, seed {other.seed}, {name} checkpoint"
+    return Surrogate(_placed(model, other, device), source, weights_hash)
 
 
-class _Measurement:
-    """Runs one evaluation section on one model."""
+def _claim_folder(folder: Path, recipe: config.Recipe) -> None:
+    """Make the folder of a weight file's results, or check that it is one for this recipe.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        data: ImageData,
-        settings: config.EvaluationSettings,
-        seed: int,
-        weights_hash: str,
-        state_dir: Path,
-        progress: Progress | None,
-    ) -> None:
-        self.model, self.data, self.settings, self.seed = model, data, settings, seed
-        self.weights_hash, self.state_dir, self.on_progress = weights_hash, state_dir, progress
-        self.device = next(model.parameters()).device
-        count = len(data) if settings.num_images is None else settings.num_images
-        self.images = data.images[:count].to(self.device)
-        self.labels = data.labels[:count].to(self.device)
-
-    def progress(self, what: str, state: AttackProgress | None) -> None:
-        """Tell the caller, if it wants to know."""
-        if self.on_progress is not None:
-            self.on_progress(what, state)
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the fields of each row, cheapest measurement first."""
-        if self.settings.clean:
-            yield from self._clean_rows()
-        for objective, steps in (
-            ("ce", self.settings.pgd_steps),
-            ("margin", self.settings.cw_steps),
-        ):
-            for num_steps in steps:
-                yield self._pgd_row(objective, num_steps)
-        if self.settings.sweep:
-            yield from self._sweep_rows()
-        if self.settings.auto_attack is not None:
-            yield self._auto_attack_row(self.settings.auto_attack)
-
-    def _clean_rows(self) -> Iterator[dict[str, Any]]:
-        """Yield clean accuracy and class margins, on the whole test split."""
-        self.progress("clean accuracy", None)
-        started = time.perf_counter()
-        images, labels = self.data.images.to(self.device), self.data.labels.to(self.device)
-        logits = evaluation.predict_logits(
-            self.model, images, batch_size=self.settings.batch_size
-        ).to(labels.device)
-        check_clean_logits(logits, labels)
-        yield {
-            "metric": "clean_accuracy",
-            "value": float((logits.argmax(1) == labels).double().mean()),
-            "num_samples": len(self.data),
-            "seconds": time.perf_counter() - started,
-        }
-        margins = evaluation.class_margins(logits, labels, self.data.num_classes)
-        counts = evaluation.class_counts(labels, self.data.num_classes)
-        for index, name in enumerate(self.data.class_names):
-            if counts[index] > 0:
-                yield {
-                    "metric": "class_margin",
-                    "value": float(margins[index]),
-                    "num_samples": int(counts[index]),
-                    "class_index": index,
-                    "details": {"class_name": name},
-                }
-
-    def _threat(self) -> dict[str, Any]:
-        return {"eps": self.settings.eps, "norm": self.settings.norm, "seed": self.seed}
-
-    def _pgd_row(self, objective: Any, num_steps: int) -> dict[str, Any]:
-        name = {"ce": "pgd", "margin": "cw"}[objective]
-        self.progress(f"{name.upper()}-{num_steps}", None)
-        started = time.perf_counter()
-        robust = evaluation.pgd_robust(
-            self.model,
-            self.images,
-            self.labels,
-            num_steps=num_steps,
-            step_size=self.settings.step_size,
-            objective=objective,
-            batch_size=self.settings.batch_size,
-            **self._threat(),
-        )
-        return self._robust_row(
-            f"{name}_{num_steps}_accuracy",
-            robust,
-            self.settings.eps,
-            started,
-            {"step_size": self.settings.step_size},
-        )
-
-    def _sweep_rows(self) -> Iterator[dict[str, Any]]:
-        """Yield a point of the robustness curve per radius, 0 and the recipe's eps among them."""
-        eps, num_steps = self.settings.eps or 0.0, max(self.settings.pgd_steps)
-        radii = sorted({0.0, eps, *self.settings.sweep})
-        self.progress(f"robustness curve, {len(radii)} epsilons", None)
-        started = time.perf_counter()
-        sweep = evaluation.epsilon_sweep(
-            self.model,
-            self.images,
-            self.labels,
-            radii,
-            norm=self.settings.norm,
-            attack="pgd",
-            num_steps=num_steps,
-            batch_size=self.settings.batch_size,
-            seed=self.seed,
-        )
-        for radius, robust in zip(sweep.epsilons, sweep.robust, strict=True):
-            yield self._robust_row(
-                "epsilon_sweep_accuracy", robust, radius, started, {"attack": f"pgd_{num_steps}"}
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    file = folder / RECIPE_FILE
+    if not file.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(
+                f"{folder} holds other files and no {RECIPE_FILE}: choose another --out"
             )
-
-    def _auto_attack_row(self, version: Any) -> dict[str, Any]:
-        started = time.perf_counter()
-        # A folder for these very settings; the state itself checks weights and data.
-        settings = [version, self._threat(), len(self.images), self.settings.batch_size]
-        what = json.dumps([self.weights_hash, *settings])
-        key = hashlib.sha256(what.encode()).hexdigest()[:16]
-        result = evaluation.auto_attack(
-            self.model,
-            self.images,
-            self.labels,
-            version=version,
-            batch_size=self.settings.batch_size,
-            state_dir=self.state_dir / key,
-            progress=lambda state: self.progress("AutoAttack", state),
-            **self._threat(),
+        write_text(file, config.to_yaml(recipe))
+        return
+    there = config.load_recipe(file)
+    if settings_hash(config.resolved(there)) != settings_hash(config.resolved(recipe)):
+        raise ValueError(
+            f"{folder} holds the results of another recipe (see {file}): give its settings, or "
+            "choose another --out"
         )
-        details = {
-            "standard": result.standard,
-            "package_version": result.package_version,
-            "batch_size": result.batch_size,
-            "notes": list(result.notes),
-            "attacks": [
-                {
-                    "name": record.name,
-                    "num_attacked": record.num_attacked,
-                    "robust_accuracy": record.robust_accuracy,
-                    "seconds": record.seconds,
-                    "n_restarts": record.n_restarts,
-                    "n_targets": record.n_targets,
-                }
-                for record in result.attacks
-            ],
-        }
-        metric = "auto_attack_accuracy" if version == "standard" else "auto_attack_fast_accuracy"
-        row = self._robust_row(metric, result.robust, self.settings.eps, started, details)
-        # Batches that an earlier call finished took their time as well.
-        attacking = sum(record.seconds for record in result.attacks)
-        return row | {"seconds": max(row["seconds"], attacking)}
-
-    def _robust_row(
-        self,
-        metric: str,
-        robust: Tensor,
-        eps: float | None,
-        started: float,
-        details: dict[str, Any],
-    ) -> dict[str, Any]:
-        return {
-            "metric": metric,
-            "value": float(robust.double().mean()),
-            "num_samples": len(robust),
-            "epsilon": eps,
-            "norm": self.settings.norm,
-            "seconds": time.perf_counter() - started,
-            "details": details,
-        }

@@ -1,18 +1,17 @@
-"""Commands that need torch and time: train, evaluate, tune."""
+"""Commands that train: train and tune."""
 
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dkl.cli.evaluating import evaluate, measure_run
 from dkl.cli.output import (
-    EvaluationProgress,
     is_main_process,
     print_json,
     print_table,
-    results_table,
     row_document,
     say,
     stdout_for_json_only,
@@ -20,6 +19,8 @@ from dkl.cli.output import (
 
 if TYPE_CHECKING:
     from dkl.reports import ResultRow
+
+__all__ = ["AsJson", "evaluate", "train", "tune"]
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or the path of a YAML file.")
@@ -62,7 +63,7 @@ def train(
     given = list(overrides or [])
     if seed is not None and seeds is not None:
         raise typer.BadParameter("give --seed or --seeds, not both", param_hint="--seeds")
-    chosen = [seed] if seeds is None else _parse_seeds(seeds)
+    chosen = [seed] if seeds is None else parse_seeds(seeds)
     recipes = [
         load_recipe(recipe, given if number is None else [*given, f"seed={number}"])
         for number in chosen
@@ -86,37 +87,6 @@ def train(
         print_json({"recipe": recipes[0].name, "runs": documents})
     elif is_main_process():
         _print_runs(documents)
-
-
-def evaluate(
-    path: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN_OR_CHECKPOINT", exists=True, help="Run folder, or a checkpoint in one."
-        ),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="What to measure otherwise: evaluation.KEY=VALUE."
-        ),
-    ] = None,
-    checkpoint: Annotated[
-        Literal["best", "last"], typer.Option(help="Which checkpoint of the run.")
-    ] = "best",
-    as_json: AsJson = False,
-) -> None:
-    """Measure a trained model on the test data and add the results to its run."""
-    given = list(overrides or [])
-    settled = [text for text in given if not text.startswith(("evaluation.", "data."))]
-    if settled:
-        message = f"training has settled {', '.join(settled)}; change evaluation.KEY or data.KEY"
-        raise typer.BadParameter(message, param_hint="KEY=VALUE")
-    rows = _measure(path, given, checkpoint, as_json)
-    if as_json:
-        print_json({"path": str(path), "results": [row_document(row) for row in rows]})
-    elif is_main_process():
-        print_table(results_table(rows))
 
 
 def tune(
@@ -175,7 +145,7 @@ def _train_one(
     rows: Sequence[ResultRow] = []
     if measure and not outcome.stopped_early and is_main_process():
         which = "last" if recipe.training.best_metric is None else "best"
-        rows = _measure(outcome.run_dir, [], which, as_json)
+        rows = measure_run(outcome.run_dir, [], which, as_json)
     return {
         "run_dir": str(outcome.run_dir),
         "seed": recipe.seed,
@@ -187,14 +157,8 @@ def _train_one(
     }
 
 
-def _measure(path: Path, overrides: list[str], which: str, as_json: bool) -> "Sequence[ResultRow]":
-    with stdout_for_json_only(as_json), EvaluationProgress() as progress:
-        from dkl.build import evaluate_run
-
-        return evaluate_run(path, recipe_overrides=overrides, which=which, progress=progress)
-
-
-def _parse_seeds(text: str) -> list[int]:
+def parse_seeds(text: str) -> list[int]:
+    """Read "0,1,2"; anything else is a usage error."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in words) or len(set(map(int, words))) < len(words):
         message = f"needs different whole numbers such as 0,1,2; got {text!r}"

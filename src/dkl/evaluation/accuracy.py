@@ -16,6 +16,7 @@ from dkl.evaluation.inputs import (
     isolated,
     model_device,
 )
+from dkl.evaluation.processes import Processes
 
 
 def predict_logits(
@@ -24,6 +25,7 @@ def predict_logits(
     *,
     batch_size: int = 256,
     device: torch.device | str | None = None,
+    distributed: bool = False,
 ) -> Tensor:
     """Return the model's logits for all images, in evaluation mode and without gradients.
 
@@ -32,12 +34,15 @@ def predict_logits(
         images: [N, C, H, W], float32 in [0, 1] or uint8.
         batch_size: images per forward pass.
         device: where to run; None: where the model is.
+        distributed: deal the batches to the processes of torch.distributed, which all call this
+            alike and all get the whole.
 
     Returns:
         [N, C] float32 logits on the device of ``images``.
 
     Raises:
-        ValueError: when the images or the model's output have the wrong shape, type or range.
+        ValueError: when the images or the model's output have the wrong shape, type or range;
+            ``distributed`` without a process group.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
@@ -48,13 +53,18 @@ def predict_logits(
     check_images(images)
     check_batching(batch_size, seed=0)
     place = model_device(model, images.device) if device is None else torch.device(device)
-    logits_NC = []
+    processes = Processes.of_this_run(distributed)
+    # What travels between processes is on the CPU: each has a device of its own.
+    home = images.device if processes.count == 1 else torch.device("cpu")
+    batches = torch.split(images, batch_size)
+
+    def logits_of(number: int) -> Tensor:
+        batch_BCHW = float_images(batches[number].to(place))
+        return checked_logits(model(batch_BCHW), len(batch_BCHW)).to(home)
+
     with isolated(model, place), torch.no_grad():
-        for images_BCHW in torch.split(images, batch_size):
-            batch_BCHW = float_images(images_BCHW.to(place))
-            logits_BC = checked_logits(model(batch_BCHW), len(batch_BCHW))
-            logits_NC.append(logits_BC.to(images.device))
-    return torch.cat(logits_NC)
+        logits_NC = torch.cat(processes.deal(len(batches), logits_of))
+    return logits_NC.to(images.device)
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 256) -> float:

@@ -12,38 +12,40 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dkl.attacks import Norm, ThreatModel
 from dkl.evaluation.accuracy import check_clean_logits
 from dkl.evaluation.auto_attack_phases import (
-    MIN_SIDE_SQUARE_L2,
     Attack,
     PhaseSettings,
     Plan,
     Version,
     WarningCounter,
     build_attack,
+    check_square_size,
     load_package,
     plan_phases,
 )
-from dkl.evaluation.auto_attack_processes import Processes
 from dkl.evaluation.auto_attack_result import AttackProgress, AttackRecord, AutoAttackResult
-from dkl.evaluation.auto_attack_state import (
-    EvaluationState,
-    StateMismatchError,
-    hash_model,
-    hash_tensors,
-)
 from dkl.evaluation.inputs import (
+    Ball,
     EvaluationData,
+    EvaluationNorm,
     arithmetic,
+    check_ball,
     check_batching,
     check_data,
-    check_threat,
     checked_logits,
     index_batches,
     isolated,
 )
+from dkl.evaluation.processes import Processes
 from dkl.evaluation.sanity import check_differentiable, clean_output_notes, phase_notes
+from dkl.evaluation.state import (
+    StateMismatchError,
+    hash_model,
+    hash_tensors,
+    load_or_compute,
+    open_state,
+)
 from dkl.evaluation.verdict import LogitsModel, judge
 
 logger = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ def auto_attack(
     labels: Tensor,
     *,
     eps: float | str,
-    norm: Norm = "Linf",
+    norm: EvaluationNorm = "Linf",
     version: Version = "standard",
     batch_size: int = 256,
     seed: int = 0,
@@ -77,8 +79,9 @@ def auto_attack(
         images: [N, C, H, W], float32 in [0, 1] or uint8.
         labels: [N] int64 class indices.
         eps: radius in pixel units of [0, 1]; text such as "8/255" is accepted.
-        norm: "Linf" or "L2".
-        version: "standard" (APGD-CE, APGD-T, FAB-T, Square) or "fast" (the first two).
+        norm: "Linf", "L2" or "L1".
+        version: "standard" (APGD-CE, APGD-T, FAB-T, Square), "fast" (the first two) or "square"
+            (Square alone, which asks for logits only: a check of the gradient attacks).
         batch_size: samples per batch. Every batch draws the same noise, so that results depend on
             it slightly, as the package's do.
         seed: of the attacks.
@@ -109,17 +112,13 @@ def auto_attack(
     """
     data = check_data(model, images, labels)
     check_batching(batch_size, seed)
-    threat = check_threat(norm, eps)
-    if norm == "L2" and version == "standard" and min(images.shape[2:]) < MIN_SIDE_SQUARE_L2:
-        raise ValueError(
-            f"Square under L2 needs images of at least {MIN_SIDE_SQUARE_L2} x "
-            f'{MIN_SIDE_SQUARE_L2} pixels, got {list(images.shape[2:])}. version="fast" runs.'
-        )
+    ball = check_ball(norm, eps, images.shape[1:])
+    check_square_size(version, ball.norm, images.shape[1:])
     with isolated(model, data.device), torch.no_grad():
         evaluation = _Evaluation(
             model,
             data,
-            threat,
+            ball,
             version,
             batch_size,
             seed,
@@ -140,7 +139,7 @@ class _Evaluation:
         self,
         model: nn.Module,
         data: EvaluationData,
-        threat: ThreatModel,
+        ball: Ball,
         version: Version,
         batch_size: int,
         seed: int,
@@ -148,7 +147,7 @@ class _Evaluation:
         keep_adversarial: bool,
         processes: Processes,
     ) -> None:
-        self.data, self.threat, self.processes = data, threat, processes
+        self.data, self.ball, self.processes = data, ball, processes
         self.version, self.batch_size, self.seed = version, batch_size, seed
         self.keep_adversarial = keep_adversarial
         self.package, version_notes = load_package()
@@ -156,12 +155,13 @@ class _Evaluation:
         first_BCHW, _ = data.batch(torch.arange(min(batch_size, len(data))))
         first_BC = checked_logits(model(first_BCHW), len(first_BCHW))
         self.predict = LogitsModel(model, first_BC.shape[1])
-        check_differentiable(model, first_BCHW[:1])
-        self.plan: Plan = plan_phases(version, first_BC.shape[1])
+        if version != "square":
+            check_differentiable(model, first_BCHW[:1])
+        self.plan: Plan = plan_phases(version, first_BC.shape[1], ball.norm)
         self.notes += self.plan.notes
         self.notes += clean_output_notes(first_BC, self.predict(first_BCHW))
-        self.state = self._open_state(model, state_dir)
-        clean = processes.first(lambda: self._once("clean", self._clean_pass))
+        self.state = open_state(state_dir, processes, lambda: self._key(model))
+        clean = processes.first(lambda: load_or_compute(self.state, "clean", self._clean_pass))
         self.clean_correct = clean["correct"]
         self.predictions = clean["predictions"]
         self.robust = self.clean_correct.clone()
@@ -190,16 +190,19 @@ class _Evaluation:
             self.package,
             phase,
             self.predict,
-            threat=self.threat,
+            ball=self.ball,
             device=self.data.device,
             seed=self.seed,
             warnings=warnings,
         )
         batches = index_batches(attacked, self.batch_size)
         own: dict[int, Mapping[str, Tensor]] = {}
-        for number in self.processes.share(range(len(batches))):
+        dealt = self.processes.share(range(len(batches)))
+        num_own = sum(len(batches[number]) for number in dealt)
+        for number in dealt:
             indices_B = batches[number]
-            own[number] = self._once(
+            own[number] = load_or_compute(
+                self.state,
                 f"{index}-{phase.name}-{number:05d}",
                 partial(self._attack_batch, attack, indices_B, warnings),
             )
@@ -207,7 +210,7 @@ class _Evaluation:
             num_done += len(indices_B)
             if progress is not None:
                 seconds = sum(float(outcome["seconds"]) for outcome in own.values())
-                progress(self._progress(phase, index, num_done, before, seconds))
+                progress(self._progress(phase, index, num_done, num_own, seconds))
         for outcomes in self.processes.gather(own):  # own batches are entered again: no change
             for number, outcome in outcomes.items():
                 self._apply(batches[number], outcome, broken)
@@ -215,7 +218,9 @@ class _Evaluation:
                     totals[name] += float(outcome[name])
         after = int(self.robust.sum())
         logger.info("%s: %d of %d samples robust", phase.name, after, len(self.data))
-        for note in phase_notes(phase.name, totals, before, after, len(self.data)):
+        # What Square breaks alone says nothing about gradient attacks that did not run.
+        gained = before - after if index else 0
+        for note in phase_notes(phase.name, totals, gained, len(self.data)):
             logger.warning("%s", note)
             self.notes.append(note)
         return AttackRecord(
@@ -237,8 +242,8 @@ class _Evaluation:
             attacks=records,
             standard=self.version == "standard" and not self.plan.changed,
             version=self.version,
-            norm=self.threat.norm,
-            eps=self.threat.eps,
+            norm=self.ball.norm,
+            eps=self.ball.eps,
             seed=self.seed,
             batch_size=self.batch_size,
             num_classes=self.predict.num_classes,
@@ -247,26 +252,6 @@ class _Evaluation:
             notes=tuple(self.notes),
             adversarial=self.adversarial,
         )
-
-    def _open_state(self, model: nn.Module, state_dir: str | Path | None) -> EvaluationState | None:
-        """Open the state folder, if there is one; processes must agree on what is evaluated."""
-        if state_dir is None and self.processes.count == 1:
-            return None
-        key = self._key(model)
-        self.processes.check_same(key)
-        if state_dir is None:
-            return None
-        return self.processes.first(lambda: EvaluationState(state_dir, key))
-
-    def _once(self, name: str, compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """Return a step's outcome from the state folder, or compute and save it."""
-        if self.state is None:
-            return compute()
-        saved = self.state.load(name)
-        if saved is None:
-            saved = dict(compute())
-            self.state.save(name, saved)
-        return saved
 
     def _clean_pass(self) -> dict[str, Tensor]:
         """Classify the unperturbed images; the outcome is on the CPU."""
@@ -289,7 +274,7 @@ class _Evaluation:
         warnings.num_warnings = 0
         start = time.perf_counter()
         adversarial_BCHW = attack(images_BCHW, labels_B)
-        verdict = judge(self.predict, adversarial_BCHW, images_BCHW, labels_B, self.threat)
+        verdict = judge(self.predict, adversarial_BCHW, images_BCHW, labels_B, self.ball)
         outcome = {
             "indices": indices_B,
             "broken": verdict.broken.cpu(),
@@ -336,8 +321,8 @@ class _Evaluation:
     def _key(self, model: nn.Module) -> dict[str, object]:
         """Return the facts that decide the result, for the state folder."""
         return {
-            "eps": self.threat.eps,
-            "norm": self.threat.norm,
+            "eps": self.ball.eps,
+            "norm": self.ball.norm,
             "version": self.version,
             "attacks": self.plan.as_key(),
             "batch_size": self.batch_size,

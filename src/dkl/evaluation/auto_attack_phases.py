@@ -13,19 +13,22 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from dkl.attacks import ThreatModel
+from dkl.evaluation.inputs import Ball, EvaluationNorm
 from dkl.evaluation.verdict import Predict
 
-Version = Literal["standard", "fast"]
+Version = Literal["standard", "fast", "square"]
 Attack = Callable[[Tensor, Tensor], Tensor]
 
 TESTED_VERSION = "0.2.0"
 SQUARE_QUERIES = 5000
 NUM_TARGETS = 9
+# Under L1 the standard ensemble restarts APGD-CE and gives APGD-T fewer targets.
+NUM_TARGETS_APGD_L1 = 5
+NUM_RESTARTS_APGD_L1 = 5
 # The targeted DLR loss divides by a gap between the largest, third and fourth largest logits.
 MIN_CLASSES_DLR = 4
-# The L2 Square attack starts from a grid of five tiles.
-MIN_SIDE_SQUARE_L2 = 5
+# The L2 and L1 Square attacks start from a grid of five tiles.
+MIN_SIDE_SQUARE = 5
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +42,14 @@ class PhaseSettings:
         n_restarts: random restarts.
         n_targets: target classes per sample; None: untargeted.
         n_queries: forward passes of the Square attack; None: not a query attack.
+        shrinks_radius: APGD begins in balls of three and two times the radius (L1).
     """
 
     name: str
     n_restarts: int = 1
     n_targets: int | None = None
     n_queries: int | None = None
+    shrinks_radius: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,18 @@ class Plan:
         return [asdict(phase) for phase in self.phases]
 
 
-def plan_phases(version: Version, num_classes: int) -> Plan:
+def plan_phases(version: Version, num_classes: int, norm: EvaluationNorm = "Linf") -> Plan:
     """Return the attacks of a version for a number of classes.
 
     The published ensemble has 9 targets and so needs 10 classes. With 4 to 9 classes every other
     class is a target; below 4 there is no targeted DLR loss, so APGD-T is dropped and FAB runs
-    untargeted.
+    untargeted. Under L1 the ensemble's APGD shrinks its radius, restarts 5 times and has 5 targets.
 
     Args:
-        version: "standard" (APGD-CE, APGD-T, FAB-T, Square) or "fast" (the first two).
+        version: "standard" (APGD-CE, APGD-T, FAB-T, Square), "fast" (the first two) or "square"
+            (Square alone).
         num_classes: C, at least 2.
+        norm: "Linf", "L2" or "L1".
 
     Returns:
         The attacks, and what was changed.
@@ -90,17 +97,24 @@ def plan_phases(version: Version, num_classes: int) -> Plan:
         5
     """
     if version not in get_args(Version):
-        raise ValueError(f'version must be "standard" or "fast", got {version!r}.')
-    n_targets = min(NUM_TARGETS, num_classes - 1)
-    phases = [PhaseSettings("apgd-ce")]
+        raise ValueError(f'version must be "standard", "fast" or "square", got {version!r}.')
+    square = PhaseSettings("square", n_queries=SQUARE_QUERIES)
+    if version == "square":
+        return Plan((square,), changed=False, notes=())
+    shrinks = norm == "L1"
+    restarts = NUM_RESTARTS_APGD_L1 if shrinks else 1
+    phases = [PhaseSettings("apgd-ce", n_restarts=restarts, shrinks_radius=shrinks)]
     notes = []
     if num_classes >= MIN_CLASSES_DLR:
-        phases.append(PhaseSettings("apgd-t", n_targets=n_targets))
-        fab = PhaseSettings("fab-t", n_targets=n_targets)
-        if n_targets < NUM_TARGETS:
+        wanted = NUM_TARGETS_APGD_L1 if shrinks else NUM_TARGETS
+        targets = min(wanted, num_classes - 1)
+        phases.append(PhaseSettings("apgd-t", n_targets=targets, shrinks_radius=shrinks))
+        fab = PhaseSettings("fab-t", n_targets=min(NUM_TARGETS, num_classes - 1))
+        most = NUM_TARGETS if version == "standard" else wanted
+        if num_classes - 1 < most:
             notes.append(
-                f"not the standard ensemble: {num_classes} classes leave {n_targets} targets "
-                f"where {NUM_TARGETS} are standard"
+                f"not the standard ensemble: {num_classes} classes leave {num_classes - 1} targets "
+                f"where {most} are standard"
             )
     else:
         fab = PhaseSettings("fab")
@@ -110,8 +124,21 @@ def plan_phases(version: Version, num_classes: int) -> Plan:
             f"loss (it needs {MIN_CLASSES_DLR}), so APGD-T was dropped{swapped}"
         )
     if version == "standard":
-        phases += [fab, PhaseSettings("square", n_queries=SQUARE_QUERIES)]
+        phases += [fab, square]
     return Plan(tuple(phases), changed=bool(notes), notes=tuple(notes))
+
+
+def check_square_size(version: Version, norm: EvaluationNorm, image_shape: torch.Size) -> None:
+    """Refuse images [C, H, W] that are too small for the Square attack of a version.
+
+    Raises:
+        ValueError: with the smallest size.
+    """
+    if version != "fast" and norm != "Linf" and min(image_shape[1:]) < MIN_SIDE_SQUARE:
+        raise ValueError(
+            f"Square under {norm} needs images of at least {MIN_SIDE_SQUARE} x {MIN_SIDE_SQUARE} "
+            f'pixels, got {list(image_shape[1:])}. version="fast" runs.'
+        )
 
 
 def load_package() -> tuple[ModuleType, tuple[str, ...]]:
@@ -151,7 +178,7 @@ def build_attack(
     phase: PhaseSettings,
     predict: Predict,
     *,
-    threat: ThreatModel,
+    ball: Ball,
     device: torch.device,
     seed: int,
     warnings: WarningCounter,
@@ -162,7 +189,7 @@ def build_attack(
         package: pyautoattack.
         phase: which attack, with its settings.
         predict: returns float32 logits [B, C].
-        threat: norm and radius.
+        ball: norm and radius.
         device: where the batches are.
         seed: set before every batch, as the package's own loop does.
         warnings: counts what the attack warns about.
@@ -170,17 +197,17 @@ def build_attack(
     Returns:
         (images, labels) -> finished images; generators are reseeded by every call.
     """
-    ensemble = package.AutoAttack(
-        predict, norm=threat.norm, eps=threat.eps, seed=seed, device=device
-    )
+    ensemble = package.AutoAttack(predict, norm=ball.norm, eps=ball.eps, seed=seed, device=device)
     attack: Any
     if phase.name == "apgd-ce":
         attack = ensemble.apgd
         attack.loss = "ce"
+        attack.use_largereps = phase.shrinks_radius
         attack.logger = warnings
     elif phase.name == "apgd-t":
         attack = ensemble.apgd_targeted
         attack.n_target_classes = phase.n_targets
+        attack.use_largereps = phase.shrinks_radius
         attack.logger = warnings
     elif phase.name in {"fab-t", "fab"}:
         attack = ensemble.fab

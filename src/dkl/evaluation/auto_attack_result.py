@@ -7,20 +7,22 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dkl.attacks import Norm
 from dkl.evaluation.auto_attack_phases import Version
+from dkl.evaluation.inputs import EvaluationNorm
 
 
 @dataclass(frozen=True)
 class AttackProgress:
     """Where an evaluation stands; given to the progress callback after every batch.
 
+    With several processes, each tells of its own batches.
+
     Args:
         attack: name of the running attack.
         attack_index: its 0-based position among ``num_attacks``.
         num_attacks: attacks of the whole evaluation.
-        num_done: samples that this attack has finished.
-        num_attacked: samples that this attack takes on.
+        num_done: samples that this attack has finished in this process.
+        num_attacked: samples that this attack takes on in this process.
         num_robust: samples that are still robust, of ``num_samples``.
         num_samples: samples of the whole evaluation.
         seconds: spent on this attack so far, batches of earlier runs included.
@@ -34,6 +36,18 @@ class AttackProgress:
     num_robust: int
     num_samples: int
     seconds: float
+
+    @property
+    def seconds_left(self) -> float | None:
+        """What is left of this attack at its pace so far; None before its first batch.
+
+        Example:
+            >>> AttackProgress("pgd-20", 0, 1, 30, 90, 80, 100, seconds=60.0).seconds_left
+            120.0
+        """
+        if self.num_done == 0:
+            return None
+        return self.seconds / self.num_done * (self.num_attacked - self.num_done)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +86,8 @@ class AutoAttackResult:
         attacks: one record per attack, in order.
         standard: True when exactly the published standard ensemble ran: version "standard" and no
             attack dropped or changed because of the number of classes.
-        version: "standard" or "fast".
-        norm: "Linf" or "L2".
+        version: "standard", "fast" or "square".
+        norm: "Linf", "L2" or "L1".
         eps: radius.
         seed: of the attacks.
         batch_size: samples per batch; it decides which noise a sample gets.
@@ -91,7 +105,7 @@ class AutoAttackResult:
     attacks: tuple[AttackRecord, ...]
     standard: bool
     version: Version
-    norm: Norm
+    norm: EvaluationNorm
     eps: float
     seed: int
     batch_size: int

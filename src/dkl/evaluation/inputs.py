@@ -4,15 +4,31 @@ Shapes: N samples, C classes or channels, H x W pixels.
 """
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from dkl.attacks import Norm, ThreatModel, attack_mode
+from dkl.attacks import ThreatModel, attack_mode
+
+EvaluationNorm = Literal["Linf", "L2", "L1"]
+
+
+@dataclass(frozen=True)
+class Ball:
+    """The images that an attacker may choose from: within ``eps`` of the clean one, in [0, 1].
+
+    Args:
+        norm: "Linf", "L2" or "L1".
+        eps: radius in pixel units of [0, 1], positive.
+    """
+
+    norm: EvaluationNorm
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -122,21 +138,41 @@ def check_images(images: Tensor) -> None:
         )
 
 
-def check_threat(norm: str, eps: float | str) -> ThreatModel:
-    """Return the threat model.
+def check_ball(norm: str, eps: float | str, image_shape: torch.Size) -> Ball:
+    """Return the ball of an attack, for images [C, H, W].
 
     Raises:
-        ValueError: for a norm other than Linf and L2, and for a radius that makes no sense.
+        ValueError: for an unknown norm, and for a radius that makes no sense.
     """
-    threat = ThreatModel(cast(Norm, norm), eps)
-    if threat.eps == 0.0:
+    if norm not in get_args(EvaluationNorm):
+        raise ValueError(f'norm has to be "Linf", "L2" or "L1"; got {norm!r}.')
+    # An L1 radius is checked as an L2 one is: it has no bound of its own.
+    radius = ThreatModel("Linf" if norm == "Linf" else "L2", eps).eps
+    if radius == 0.0:
         raise ValueError("eps must be positive, got 0: the clean accuracy is what you want.")
-    if norm == "Linf" and threat.eps >= 1.0:
+    num_pixels = math.prod(image_shape)
+    widest = {"Linf": 1.0, "L2": math.sqrt(num_pixels), "L1": float(num_pixels)}[norm]
+    if radius >= widest:
         raise ValueError(
-            "eps must be below 1, got 1: pixels are in [0, 1], so it allows every image. "
-            "Did you mean 1/255?"
+            f"eps must be below {widest:.4g}, got {radius:g}: pixels are in [0, 1], so the {norm} "
+            f"ball holds every image of {num_pixels} pixels. Radii of pixels from 0 to 255 are "
+            f"divided by 255. Did you mean {radius:g}/255?"
         )
-    return threat
+    return Ball(cast(EvaluationNorm, norm), radius)
+
+
+def check_gradient_norm(ball: Ball) -> ThreatModel:
+    """Return the threat model of PGD and CW.
+
+    Raises:
+        ValueError: for L1, in which they do not step.
+    """
+    if ball.norm == "L1":
+        raise ValueError(
+            'PGD and CW are for the norms "Linf" and "L2"; got "L1". Measure L1 robustness with '
+            "AutoAttack, whose attacks take L1 steps."
+        )
+    return ThreatModel(ball.norm, ball.eps)
 
 
 def check_batching(batch_size: int, seed: int) -> None:

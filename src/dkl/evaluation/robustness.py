@@ -1,71 +1,131 @@
-"""Robust accuracy under projected gradient descent, and its curve over the radius.
+"""Robust accuracy under projected gradient descent, and under another model's adversarial images.
 
-Shapes: N samples, B samples of a batch, C classes or channels, E radii.
+Shapes: N samples, B samples of a batch, C classes or channels.
 """
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from dkl.attacks import (
-    Norm,
     PGDSettings,
     RandomStart,
-    ThreatModel,
     cross_entropy_objective,
     margin_objective,
-    parse_number,
 )
 from dkl.evaluation.accuracy import check_clean_logits, predict_logits
-from dkl.evaluation.auto_attack import auto_attack
+from dkl.evaluation.batch_run import BatchRun, ReportProgress
 from dkl.evaluation.inputs import (
+    Ball,
+    EvaluationNorm,
+    check_ball,
     check_batching,
     check_data,
-    check_threat,
+    check_gradient_norm,
     index_batches,
     isolated,
 )
+from dkl.evaluation.noise import SampleDraw, checked_ids
+from dkl.evaluation.processes import Processes
+from dkl.evaluation.state import hash_model, hash_tensors, load_or_compute, open_state
 from dkl.evaluation.verdict import LogitsModel, judge
 
 ObjectiveName = Literal["ce", "margin"]
-SweepAttack = Literal["pgd", "cw", "auto_attack_fast", "auto_attack"]
 
 OBJECTIVES = {"ce": cross_entropy_objective, "margin": margin_objective}
 
 
-class SampleDraw:
-    """Uniform noise that depends on the seed and on each sample's own number, not on its batch.
+@dataclass(frozen=True)
+class GradientAttack:
+    """A checked PGD or CW attack, with noise of their own for the samples.
 
     Args:
-        seed: of the whole evaluation.
-        sample_ids_B: [B] numbers of the samples.
-        restart: 0-based restart of the attack.
-        device: where the noise is wanted; it is made on the CPU, the same for every device.
+        settings: steps and ball.
+        objective: what it maximises.
+        seed: of the random starts.
     """
 
-    def __init__(self, seed: int, sample_ids_B: Tensor, restart: int, device: torch.device) -> None:
-        self.seed = seed
-        self.sample_ids = sample_ids_B.tolist()
-        self.restart = restart
-        self.device = device
-        self.num_calls = 0
+    settings: PGDSettings
+    objective: ObjectiveName
+    seed: int
 
-    def __call__(self, num_columns: int) -> Tensor:
-        """Return fresh noise [B, num_columns] in [0, 1)."""
-        generator = torch.Generator()
-        rows = []
-        for sample_id in self.sample_ids:
-            key = f"{self.seed}/{self.restart}/{self.num_calls}/{sample_id}".encode()
-            generator.manual_seed(
-                int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big")
+    @property
+    def name(self) -> str:
+        """What the attack is called, such as "pgd-20"."""
+        return f"{'pgd' if self.objective == 'ce' else 'cw'}-{self.settings.num_steps}"
+
+    def adversarial(
+        self, model: nn.Module, batch: tuple[Tensor, Tensor], ids_B: Tensor, restart: int = 0
+    ) -> Tensor:
+        """Return the finished images [B, C, H, W] of a batch of images and labels."""
+        images_BCHW, labels_B = batch
+        objective = OBJECTIVES[self.objective](labels_B)
+        draw = SampleDraw(self.seed, ids_B, restart, images_BCHW.device)
+        return self.settings.attack(
+            model, images_BCHW, lambda logits_BC: objective(logits_BC.float()), draw
+        )
+
+    def survivors(
+        self, predict: LogitsModel, adversarial_BCHW: Tensor, batch: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Return which finished images the model still classifies correctly: [B] bool.
+
+        Raises:
+            ValueError: when images that fool the model are not allowed.
+        """
+        threat = self.settings.threat
+        verdict = judge(predict, adversarial_BCHW, *batch, Ball(threat.norm, threat.eps))
+        if verdict.num_rejected:
+            # Counting these as robust would flatter the model, as broken would wrong it.
+            raise ValueError(
+                f"the attack on {verdict.num_rejected} samples gave images outside of the ball or "
+                "with NaN pixels. The model's gradients are not finite there: check the weights."
             )
-            rows.append(torch.rand(num_columns, generator=generator))
-        self.num_calls += 1
-        return torch.stack(rows).to(self.device)
+        return ~verdict.broken
+
+    def as_key(self) -> dict[str, object]:
+        """Return the settings as JSON-ready data."""
+        settings = self.settings
+        return {
+            "norm": settings.threat.norm,
+            "eps": settings.threat.eps,
+            "num_steps": settings.num_steps,
+            "step_size": settings.step_size,
+            "random_start": settings.random_start,
+            "objective": self.objective,
+            "seed": self.seed,
+        }
+
+
+def gradient_attack(
+    image_shape: torch.Size,
+    *,
+    eps: float | str,
+    norm: EvaluationNorm,
+    num_steps: int,
+    step_size: float | str | None,
+    objective: ObjectiveName,
+    random_start: RandomStart,
+    seed: int,
+) -> GradientAttack:
+    """Return the checked attack for images [C, H, W]; the default step is a quarter of ``eps``.
+
+    Raises:
+        ValueError: for settings that make no sense; the message says what to do.
+    """
+    threat = check_gradient_norm(check_ball(norm, eps, image_shape))
+    settings = PGDSettings(
+        threat, num_steps, threat.eps / 4 if step_size is None else step_size, random_start
+    )
+    if settings.step_size == 0.0:
+        raise ValueError("step_size must be positive, got 0: the attack would stand still.")
+    if objective not in get_args(ObjectiveName):
+        raise ValueError(f'objective must be "ce" (PGD) or "margin" (CW), got {objective!r}.')
+    return GradientAttack(settings, objective, seed)
 
 
 def pgd_robust(
@@ -74,7 +134,7 @@ def pgd_robust(
     labels: Tensor,
     *,
     eps: float | str,
-    norm: Norm = "Linf",
+    norm: EvaluationNorm = "Linf",
     num_steps: int = 20,
     step_size: float | str | None = None,
     objective: ObjectiveName = "ce",
@@ -83,6 +143,9 @@ def pgd_robust(
     batch_size: int = 256,
     seed: int = 0,
     sample_ids: Tensor | None = None,
+    state_dir: str | Path | None = None,
+    progress: ReportProgress | None = None,
+    distributed: bool = False,
 ) -> Tensor:
     """Return which samples are classified correctly before and after a PGD attack.
 
@@ -105,6 +168,10 @@ def pgd_robust(
         seed: of the random starts.
         sample_ids: [N] integers that key each sample's noise; None: 0 to N - 1. Give the positions
             in the whole test set when only a part of it is evaluated here.
+        state_dir: folder that keeps finished batches; the same call takes up where it stopped.
+        progress: called after every batch; an exception in it stops the evaluation.
+        distributed: deal the batches to the processes of torch.distributed, which all call this
+            alike; each gets the flags of all samples.
 
     Returns:
         [N] bool on the device of ``images``.
@@ -122,201 +189,117 @@ def pgd_robust(
     """
     data = check_data(model, images, labels)
     check_batching(batch_size, seed)
-    settings = _pgd_settings(check_threat(norm, eps), num_steps, step_size, random_start)
-    if objective not in get_args(ObjectiveName):
-        raise ValueError(f'objective must be "ce" (PGD) or "margin" (CW), got {objective!r}.')
+    attack = gradient_attack(
+        images.shape[1:],
+        eps=eps,
+        norm=norm,
+        num_steps=num_steps,
+        step_size=step_size,
+        objective=objective,
+        random_start=random_start,
+        seed=seed,
+    )
     if num_restarts < 1 or (num_restarts > 1 and random_start == "none"):
         raise ValueError(
             f"num_restarts must be at least 1, and above 1 needs a random start: got "
             f"{num_restarts} with random_start={random_start!r}."
         )
-    ids_N = _checked_ids(sample_ids, len(data))
-    logits_NC = predict_logits(model, images, batch_size=batch_size)
+    ids_N = checked_ids(sample_ids, len(data))
+    processes = Processes.of_this_run(distributed)
+    state = open_state(
+        state_dir,
+        processes,
+        lambda: {
+            **attack.as_key(),
+            "num_restarts": num_restarts,
+            "batch_size": batch_size,
+            "weights": hash_model(model),
+            "data": hash_tensors(data.images, data.labels, ids_N),
+        },
+    )
+    logits_NC = predict_logits(model, images, batch_size=batch_size, distributed=distributed)
     check_clean_logits(logits_NC, data.labels)
-    robust_N = logits_NC.max(dim=1).indices == data.labels
+    correct_N = (logits_NC.max(dim=1).indices == data.labels).cpu()
+    clean: Mapping[str, Tensor] = processes.first(
+        lambda: load_or_compute(state, "clean", lambda: {"correct": correct_N})
+    )
+    run = BatchRun(attack.name, batch_size, processes, state, progress)
     with isolated(model, data.device):
         predict = LogitsModel(model, logits_NC.shape[1])
-        for indices_B in index_batches(robust_N.nonzero().squeeze(1), batch_size):
-            batch_ids = ids_N[indices_B.cpu()]
-            draws = [
-                SampleDraw(seed, batch_ids, restart, data.device) for restart in range(num_restarts)
-            ]
-            robust_N[indices_B] = _survivors(
-                predict, data.batch(indices_B), settings, OBJECTIVES[objective], draws
-            ).to(robust_N.device)
-    return robust_N
+
+        def survive(indices_B: Tensor) -> Tensor:
+            batch = data.batch(indices_B)
+            survived_B = torch.ones_like(batch[1], dtype=torch.bool)
+            for restart in range(num_restarts):
+                adversarial_BCHW = attack.adversarial(model, batch, ids_N[indices_B], restart)
+                survived_B &= attack.survivors(predict, adversarial_BCHW, batch)
+            return survived_B
+
+        return run.survivors(clean["correct"], survive).to(images.device)
 
 
-def _pgd_settings(
-    threat: ThreatModel,
-    num_steps: int,
-    step_size: float | str | None,
-    random_start: RandomStart,
-) -> PGDSettings:
-    """Return the checked settings of the attack; the default step is a quarter of the radius."""
-    settings = PGDSettings(
-        threat, num_steps, threat.eps / 4 if step_size is None else step_size, random_start
-    )
-    if settings.step_size == 0.0:
-        raise ValueError("step_size must be positive, got 0: the attack would stand still.")
-    return settings
-
-
-def _checked_ids(sample_ids: Tensor | None, num_samples: int) -> Tensor:
-    """Return the numbers that key the samples' noise, on the CPU."""
-    if sample_ids is None:
-        return torch.arange(num_samples)
-    if sample_ids.shape != (num_samples,) or sample_ids.is_floating_point():
-        raise ValueError(
-            f"sample_ids must be {num_samples} integers, one per image, got {sample_ids.dtype} "
-            f"{list(sample_ids.shape)}."
-        )
-    return sample_ids.cpu()
-
-
-def _survivors(
-    predict: LogitsModel,
-    batch: tuple[Tensor, Tensor],
-    settings: PGDSettings,
-    make_objective: Callable[[Tensor], Callable[[Tensor], Tensor]],
-    draws: Sequence[SampleDraw],
-) -> Tensor:
-    """Attack correctly classified samples, once per draw; return which survive: [B] bool."""
-    images_BCHW, labels_B = batch
-    objective = make_objective(labels_B)
-    survived_B = torch.ones_like(labels_B, dtype=torch.bool)
-    for draw in draws:
-        adversarial_BCHW = settings.attack(
-            predict.model, images_BCHW, lambda logits_BC: objective(logits_BC.float()), draw
-        )
-        verdict = judge(predict, adversarial_BCHW, images_BCHW, labels_B, settings.threat)
-        if verdict.num_rejected:
-            # Counting these as robust would flatter the model, as broken would wrong it.
-            raise ValueError(
-                f"the attack on {verdict.num_rejected} samples gave images outside of the ball or "
-                "with NaN pixels. The model's gradients are not finite there: check the weights."
-            )
-        survived_B &= ~verdict.broken
-    return survived_B
-
-
-@dataclass(frozen=True, eq=False)
-class EpsilonSweep:
-    """Robustness at several radii.
-
-    Args:
-        epsilons: the radii, in the order in which they were asked for.
-        robust: [E, N] bool; which samples survive at each radius.
-    """
-
-    epsilons: tuple[float, ...]
-    robust: Tensor
-
-    @property
-    def robust_accuracy(self) -> tuple[float, ...]:
-        """The robust accuracy at each radius, from 0 to 1."""
-        return tuple(self.robust.double().mean(dim=1).tolist())
-
-
-def epsilon_sweep(
+def pgd_images(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
-    epsilons: Sequence[float | str],
     *,
-    norm: Norm = "Linf",
-    attack: SweepAttack = "pgd",
-    num_steps: int | None = None,
+    eps: float | str,
+    norm: EvaluationNorm = "Linf",
+    num_steps: int = 20,
+    step_size: float | str | None = None,
+    objective: ObjectiveName = "ce",
+    random_start: RandomStart = "uniform",
     batch_size: int = 256,
     seed: int = 0,
-) -> EpsilonSweep:
-    """Return which samples survive an attack at each of several radii.
+    sample_ids: Tensor | None = None,
+) -> Tensor:
+    """Return the adversarial images of a PGD attack, of every sample.
 
-    Balls are nested, so a sample that breaks at one radius is broken at every larger one: radii are
-    taken in ascending order and only survivors are attacked again. The curve never rises.
+    These are the images by which ``pgd_robust`` judges; here samples that the model misclassifies
+    are attacked too.
 
     Args:
-        model: returns logits [N, C].
+        model: returns logits [N, C]; modes, parameters, ``.grad`` and generators are left as found.
         images: [N, C, H, W], float32 in [0, 1] or uint8.
         labels: [N] int64 class indices.
-        epsilons: radii; 0 gives the clean accuracy; "8/255" is accepted.
+        eps: radius in pixel units of [0, 1]; text such as "8/255" is accepted.
         norm: "Linf" or "L2".
-        attack: "pgd", "cw" (PGD on the margin), "auto_attack_fast" or "auto_attack".
-        num_steps: steps of "pgd" and "cw", each a quarter of the radius; None: 20.
-        batch_size: samples per forward pass.
-        seed: of the attack.
+        num_steps: gradient steps.
+        step_size: of one step; None: a quarter of ``eps``.
+        objective: "ce" or "margin".
+        random_start: "uniform", "gaussian" or "none".
+        batch_size: samples per forward pass. Starts do not depend on it.
+        seed: of the random starts.
+        sample_ids: [N] integers that key each sample's noise; None: 0 to N - 1.
 
     Returns:
-        The flags and accuracies, in the order of ``epsilons``.
+        [N, C, H, W] float32 in [0, 1] on the device of ``images``.
 
     Raises:
-        ValueError: for wrong inputs, no radii, or ``num_steps`` given to AutoAttack.
+        ValueError: for wrong inputs or settings; the message says what to do.
 
     Example:
-        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
         >>> _ = model[1].weight.data.copy_(torch.tensor([[-1.0], [1.0]]))
-        >>> _ = model[1].bias.data.copy_(torch.tensor([0.5, -0.5]))
-        >>> images = torch.tensor([0.1, 0.4]).reshape(2, 1, 1, 1)
-        >>> sweep = epsilon_sweep(model, images, torch.tensor([0, 0]), [0.0, 0.2, 0.9])
-        >>> sweep.robust_accuracy
-        (1.0, 0.5, 0.0)
+        >>> pgd_images(model, torch.full((1, 1, 1, 1), 0.5), torch.tensor([0]), eps=0.25)
+        tensor([[[[0.7500]]]])
     """
     data = check_data(model, images, labels)
     check_batching(batch_size, seed)
-    run = _sweep_attack(model, norm, attack, num_steps, batch_size, seed)
-    if not epsilons:
-        raise ValueError("epsilons must name at least one radius, got none.")
-    radii = [parse_number(eps) for eps in epsilons]
-    for radius in radii:
-        if radius != 0.0:
-            check_threat(norm, radius)
-    logits_NC = predict_logits(model, images, batch_size=batch_size)
-    check_clean_logits(logits_NC, data.labels)
-    robust_N = logits_NC.max(dim=1).indices == data.labels
-    flags = {0.0: robust_N.clone()}
-    for radius in sorted(set(radii) - {0.0}):
-        left = robust_N.nonzero().squeeze(1)
-        if len(left):
-            robust_N[left] = run(images[left], data.labels[left], left, radius)
-        flags[radius] = robust_N.clone()
-    return EpsilonSweep(tuple(radii), torch.stack([flags[radius] for radius in radii]))
-
-
-def _sweep_attack(
-    model: nn.Module,
-    norm: Norm,
-    attack: SweepAttack,
-    num_steps: int | None,
-    batch_size: int,
-    seed: int,
-) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
-    """Return the function (images, labels, positions, radius) -> flags of one attack."""
-    if attack not in get_args(SweepAttack):
-        raise ValueError(f"attack must be one of {get_args(SweepAttack)}, got {attack!r}.")
-    if attack in {"pgd", "cw"}:
-        return lambda images, labels, positions, eps: pgd_robust(
-            model,
-            images,
-            labels,
-            eps=eps,
-            norm=norm,
-            num_steps=20 if num_steps is None else num_steps,
-            objective="ce" if attack == "pgd" else "margin",
-            batch_size=batch_size,
-            seed=seed,
-            sample_ids=positions,
-        )
-    if num_steps is not None:
-        raise ValueError(f"num_steps belongs to pgd and cw; {attack} chooses its own steps.")
-    return lambda images, labels, _positions, eps: (
-        auto_attack(
-            model,
-            images,
-            labels,
-            eps=eps,
-            norm=norm,
-            version="standard" if attack == "auto_attack" else "fast",
-            batch_size=batch_size,
-            seed=seed,
-        ).robust
+    attack = gradient_attack(
+        images.shape[1:],
+        eps=eps,
+        norm=norm,
+        num_steps=num_steps,
+        step_size=step_size,
+        objective=objective,
+        random_start=random_start,
+        seed=seed,
     )
+    ids_N = checked_ids(sample_ids, len(data))
+    with isolated(model, data.device):
+        finished = [
+            attack.adversarial(model, data.batch(indices_B), ids_N[indices_B]).to(images.device)
+            for indices_B in index_batches(torch.arange(len(data)), batch_size)
+        ]
+    return torch.cat(finished)

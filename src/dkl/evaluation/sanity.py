@@ -44,14 +44,12 @@ def clean_output_notes(first_BC: Tensor, again_BC: Tensor) -> list[str]:
         []
     """
     notes = []
-    gap_B = (first_BC - again_BC).norm(dim=1)
-    if bool((gap_B > MAX_RELATIVE_NOISE * first_BC.norm(dim=1) + 1e-10).any()):
+    if float(relative_gaps(first_BC, again_BC).max()) > MAX_RELATIVE_NOISE:
         notes.append(
             "the model is randomised: two passes over the same images differ, so attacks without "
             "averaging overestimate its robustness"
         )
-    sums_B = first_BC.sum(dim=1)
-    if bool((first_BC >= -1e-5).all()) and bool(((sums_B - 1.0).abs() < 1e-4).all()):
+    if bool(look_like_probabilities(first_BC).all()):
         notes.append(
             "the model seems to return probabilities: attacks want logits, and saturated "
             "probabilities hide gradients"
@@ -59,16 +57,38 @@ def clean_output_notes(first_BC: Tensor, again_BC: Tensor) -> list[str]:
     return notes
 
 
+def relative_gaps(first_BC: Tensor, again_BC: Tensor) -> Tensor:
+    """Return how far two passes over the same images differ, relative to the logits' length: [B].
+
+    Example:
+        >>> relative_gaps(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 3.0]]))
+        tensor([0.2000])
+    """
+    gaps_B: Tensor = torch.linalg.vector_norm(first_BC - again_BC, dim=1)
+    lengths_B: Tensor = torch.linalg.vector_norm(first_BC, dim=1)
+    return gaps_B / (lengths_B + 1e-6)
+
+
+def look_like_probabilities(logits_BC: Tensor) -> Tensor:
+    """Return which rows are non-negative and sum to one: [B] bool.
+
+    Example:
+        >>> look_like_probabilities(torch.tensor([[0.25, 0.75], [2.0, -1.0]]))
+        tensor([ True, False])
+    """
+    is_positive_B = (logits_BC >= -1e-5).all(dim=1)
+    return is_positive_B & ((logits_BC.sum(dim=1) - 1.0).abs() < 1e-4)
+
+
 def phase_notes(
-    attack: str, totals: Mapping[str, float], before: int, after: int, num_samples: int
+    attack: str, totals: Mapping[str, float], num_broken: int, num_samples: int
 ) -> list[str]:
     """Return notes on one finished attack.
 
     Args:
         attack: its name.
         totals: sums over its batches of "num_rejected", "num_non_finite" and "num_warnings".
-        before: samples robust before it.
-        after: samples robust after it.
+        num_broken: samples that it broke after other attacks had run.
         num_samples: samples of the whole evaluation.
     """
     notes = []
@@ -87,9 +107,9 @@ def phase_notes(
             f"{attack}: some samples had zero gradients, which can hide adversarial images "
             "(saturated or quantised outputs?)"
         )
-    if attack == "square" and before - after > MAX_SQUARE_GAIN * num_samples:
+    if attack == "square" and num_broken > MAX_SQUARE_GAIN * num_samples:
         notes.append(
-            f"square broke {before - after} samples that the gradient attacks left: gradients may "
+            f"square broke {num_broken} samples that the gradient attacks left: gradients may "
             "be masked, so the robust accuracy is only an upper bound"
         )
     return notes

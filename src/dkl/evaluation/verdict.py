@@ -9,14 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dkl.attacks import Norm, ThreatModel
-from dkl.evaluation.inputs import checked_logits
+from dkl.evaluation.inputs import Ball, EvaluationNorm, checked_logits
 
 Predict = Callable[[Tensor], Tensor]
 
 # Rounding allowance of the radius, absolute up to a radius of 1 and relative above: float32 cannot
 # hold a long L2 perturbation more exactly.
 TOLERANCE = 1e-6
+# Spacing of float32 numbers just below 1: an L1 norm sums the rounding of every pixel.
+PIXEL_ROUNDING = 2.0**-24
 
 
 class LogitsModel:
@@ -58,11 +59,15 @@ class Verdict:
     num_non_finite: int
 
 
-def perturbation_sizes(adversarial_BCHW: Tensor, clean_BCHW: Tensor, norm: Norm) -> Tensor:
+def perturbation_sizes(
+    adversarial_BCHW: Tensor, clean_BCHW: Tensor, norm: EvaluationNorm
+) -> Tensor:
     """Return the norm of each sample's perturbation, computed in float64: [B]."""
     delta = (adversarial_BCHW.double() - clean_BCHW.double()).flatten(1)
     if norm == "Linf":
         return delta.abs().amax(dim=1)
+    if norm == "L1":
+        return delta.abs().sum(dim=1)
     sizes_B: Tensor = torch.linalg.vector_norm(delta, dim=1)
     return sizes_B
 
@@ -72,7 +77,7 @@ def judge(
     adversarial_BCHW: Tensor,
     clean_BCHW: Tensor,
     labels_B: Tensor,
-    threat: ThreatModel,
+    ball: Ball,
 ) -> Verdict:
     """Judge finished adversarial images: their prediction, their norm and their range [0, 1].
 
@@ -81,7 +86,7 @@ def judge(
         adversarial_BCHW: [B, C, H, W] finished images.
         clean_BCHW: [B, C, H, W] the images they were made from.
         labels_B: [B] int64.
-        threat: the allowed images.
+        ball: the allowed images.
 
     Returns:
         The verdict; NaN pixels are not allowed, NaN logits are not a correct prediction.
@@ -91,9 +96,9 @@ def judge(
     predictions_B = logits_BC.max(dim=1).indices
     finite_B = logits_BC.isfinite().all(dim=1)
     pixels = adversarial_BCHW.flatten(1)
-    sizes_B = perturbation_sizes(adversarial_BCHW, clean_BCHW, threat.norm)
+    sizes_B = perturbation_sizes(adversarial_BCHW, clean_BCHW, ball.norm)
     # Comparisons with NaN are False, so that NaN pixels are not allowed.
-    allowed_B = sizes_B <= threat.eps + TOLERANCE * max(1.0, threat.eps)
+    allowed_B = sizes_B <= ball.eps + _rounding(ball, pixels.shape[1])
     allowed_B &= (pixels.amin(dim=1) >= 0.0) & (pixels.amax(dim=1) <= 1.0)
     fooled_B = (predictions_B != labels_B) | ~finite_B
     return Verdict(
@@ -102,3 +107,9 @@ def judge(
         num_rejected=int((fooled_B & ~allowed_B).sum()),
         num_non_finite=int((allowed_B & ~finite_B).sum()),
     )
+
+
+def _rounding(ball: Ball, num_pixels: int) -> float:
+    """Return how far rounding alone may carry a perturbation beyond the radius."""
+    allowance = TOLERANCE * max(1.0, ball.eps)
+    return allowance + num_pixels * PIXEL_ROUNDING if ball.norm == "L1" else allowance

@@ -30,8 +30,8 @@ def class_margin_differences(
 
     Args:
         runs: at least one run; their "class_margin" rows are shown.
-        method: label of the recipe shown; by default the last one with rows, those tested under
-            attack before others.
+        method: label of the recipe shown; by default the first one with "ikl" in it, else the last
+            one; recipes tested under attack before others.
         reference: label of the recipe subtracted; by default the first one with "trades" in it.
 
     Returns:
@@ -134,10 +134,16 @@ def margin_pair(
         for group in with_rows
         if group is not subtracted and len(_margins(group)) == len(_margins(subtracted))
     ]
-    others.sort(key=_tested_under_attack)  # stable: the last one of those tested comes last
+    # Sorting is stable: the first "ikl" of those tested comes last, else the last one tested.
+    others = [g for g in others if not _is_ikl(g)] + [g for g in others if _is_ikl(g)][::-1]
+    others.sort(key=_tested_under_attack)
     if method is not None:
         others = [group for group in others if group.label == method]
     return (others[-1], subtracted) if others else None
+
+
+def _is_ikl(group: Group) -> bool:
+    return "ikl" in group.label.lower()
 
 
 def _named(groups: Sequence[Group], label: str) -> Group:
@@ -156,16 +162,32 @@ def _tested_under_attack(group: Group) -> bool:
     )
 
 
-def _margins(group: Group) -> list[Spread]:
-    """Return one entry per class; empty where rows lack or do not number the classes from 0."""
-    per_class: dict[int, list[float]] = {}
+def per_class(group: Group, metric: str) -> list[Spread]:
+    """Return a metric over seeds, one entry per class.
+
+    Args:
+        group: from ``group_runs``.
+        metric: of rows with a class_index.
+
+    Returns:
+        Spreads by class; empty where rows lack or do not number the classes from 0.
+    """
+    values: dict[int, list[float]] = {}
     for run in group.runs:
-        rows = find_rows_by(run, "class_margin", _class_index)
-        for index, row in rows.items():
-            per_class.setdefault(index, []).append(row.value)
-    if sorted(per_class) != list(range(len(per_class))):
+        for index, row in find_rows_by(run, metric, _class_index).items():
+            values.setdefault(index, []).append(row.value)
+    if sorted(values) != list(range(len(values))):
         return []
-    return [Spread.of(per_class[index]) for index in range(len(per_class))]
+    return [Spread.of(values[index]) for index in range(len(values))]
+
+
+def class_labels(runs: Iterable[Run], num_classes: int) -> list[str]:
+    """Return names of the classes, short enough for an axis."""
+    return [_shorten(name) for name in _class_names(runs, num_classes)]
+
+
+def _margins(group: Group) -> list[Spread]:
+    return per_class(group, "class_margin")
 
 
 def _class_index(row: ResultRow) -> int:

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dkl.reports.class_figures import class_margin_differences, class_table_heat_map
-from dkl.reports.groups import Group, Spread, find_row, find_rows_by, format_epsilon, group_runs
+from dkl.reports.groups import Group, Spread, find_rows_by, format_epsilon, group_runs
+from dkl.reports.measures import attack_strength, attack_title, sweep_attack
 from dkl.reports.records import Run
+from dkl.reports.scatter import clean_versus_robust, robust_metric
 from dkl.reports.style import add_legend, draw_band, figure_style, look, new_figure
-from dkl.reports.tables import describe_metric
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,59 +68,6 @@ def training_curves(runs: Iterable[Run]) -> "Figure | None":
     return figure
 
 
-def clean_versus_robust(runs: Iterable[Run]) -> "Figure | None":
-    """Plot robust against clean test accuracy, a marker per run and a colour per recipe.
-
-    The attack is the strongest that most runs were tested with, see ``robust_metric``.
-
-    Args:
-        runs: at least one run.
-
-    Returns:
-        The figure; None where no run has both accuracies.
-    """
-    groups, _ = group_runs(runs)
-    chosen = robust_metric(groups)
-    if chosen is None:
-        return None
-    metric, norm, epsilon = chosen
-    points: dict[int, list[tuple[float, float]]] = {}
-    for place, group in enumerate(groups):
-        for run in group.runs:
-            clean = find_row(run, "clean_accuracy")
-            robust = find_row(run, metric, norm=norm, epsilon=epsilon)
-            if clean and robust:
-                points.setdefault(place, []).append((100 * clean.value, 100 * robust.value))
-    if not points:
-        return None
-    described = describe_metric(metric)
-    assert described is not None
-    attack = f"accuracy under {described[2]}"
-    with figure_style():
-        threat = f"({norm}, epsilon {format_epsilon(epsilon)})"
-        figure = new_figure(3.9, f"Clean accuracy and {attack} {threat}, per run")
-        axes = figure.subplots()
-        handles = []
-        for place, pairs in points.items():
-            style = look(place)
-            handles.append(
-                axes.scatter(
-                    [clean for clean, _ in pairs],
-                    [robust for _, robust in pairs],
-                    color=style.colour,
-                    marker=style.marker,
-                    s=46,
-                    alpha=0.85,
-                    linewidths=0,
-                )
-            )
-        axes.set(xlabel="clean test accuracy (%)", ylabel=f"test {attack} (%)")
-        axes.set_xlim(*_limits([clean for pairs in points.values() for clean, _ in pairs]))
-        axes.set_ylim(*_limits([robust for pairs in points.values() for _, robust in pairs]))
-        add_legend(figure, handles, [groups[place].label for place in points])
-    return figure
-
-
 def robustness_curve(runs: Iterable[Run]) -> "Figure | None":
     """Plot accuracy over the attack budget epsilon, mean over seeds with a band.
 
@@ -127,55 +75,46 @@ def robustness_curve(runs: Iterable[Run]) -> "Figure | None":
         runs: at least one run; their "epsilon_sweep_accuracy" rows are shown.
 
     Returns:
-        The figure, one panel per norm; None where there are no such rows.
+        The figure, one panel per norm and attack (the strongest first); None where there are no
+        such rows.
     """
     groups, _ = group_runs(runs)
-    curves = [_sweep(group) for group in groups]
-    norms = sorted({norm for curve in curves for norm, _ in curve})
-    if not norms:
+    curves = [_sweeps(group) for group in groups]
+    panels = sorted({which for curve in curves for which in curve}, key=_weaker_later)
+    if not panels:
         return None
     with figure_style():
-        figure = new_figure(3.6, f"Accuracy by attack budget: {_over_seeds(groups)}")
+        attacks = {attack for attack, _ in panels}
+        known = attack_title(attacks.pop()) if len(attacks) == 1 and attacks != {""} else "attack"
+        attacked = f"under {known}"
+        title = f"Accuracy {attacked} by attack budget: {_over_seeds(groups)}"
+        num_rows = -(-len(panels) // 2)
+        figure = new_figure(0.4 + 3.2 * num_rows, title)
+        grid = figure.subplots(num_rows, min(2, len(panels)), squeeze=False)
         handles: dict[str, Any] = {}
-        for axes, norm in zip(
-            figure.subplots(1, len(norms), squeeze=False).flat, norms, strict=True
-        ):
-            scale, unit = _epsilon_unit({eps for curve in curves for n, eps in curve if n == norm})
+        for axes, which in zip(grid.flat, panels, strict=False):
+            attack, norm = which
+            scale, unit = _epsilon_unit(
+                {epsilon for one in curves for epsilon in one.get(which, ())}
+            )
             for place, (group, curve) in enumerate(zip(groups, curves, strict=True)):
-                shown = {eps * scale: ys for (n, eps), ys in curve.items() if n == norm}
-                if shown:
-                    handles[group.label] = draw_band(axes, [*shown], [*shown.values()], look(place))
-            axes.set(xlabel=f"epsilon ({norm}{unit})", ylabel="test accuracy under attack (%)")
+                if ys := curve.get(which):
+                    xs = [epsilon * scale for epsilon in ys]
+                    handles[group.label] = draw_band(axes, xs, [*ys.values()], look(place))
+            axes.set(xlabel=f"epsilon ({norm}{unit})", ylabel=f"test accuracy {attacked} (%)")
             axes.set_ylim(bottom=0)
+            if len(panels) > 1:
+                axes.set(title=f"{attack_title(attack)}, {norm}", ylabel="test accuracy (%)")
+        for axes in list(grid.flat)[len(panels) :]:
+            axes.remove()
         add_legend(figure, [*handles.values()], [*handles])
     return figure
 
 
-def robust_metric(groups: Sequence[Group]) -> tuple[str, str, float] | None:
-    """Choose the attack for the scatter: the one most runs were tested with, then the strongest.
-
-    Args:
-        groups: from ``group_runs``.
-
-    Returns:
-        Metric, norm and epsilon; None where no run has an attacked and a clean accuracy.
-    """
-    votes: dict[tuple[str, str, float], set[int]] = {}
-    for group in groups:
-        for run in group.runs:
-            for row in run.results:
-                attacked = row.norm is not None and row.epsilon is not None
-                if attacked and row.split == "test" and describe_metric(row.metric):
-                    key = (row.metric, str(row.norm), float(row.epsilon or 0.0))
-                    if find_row(run, "clean_accuracy"):
-                        votes.setdefault(key, set()).add(id(run))
-
-    def rank(key: tuple[str, str, float]) -> tuple[object, ...]:
-        described = describe_metric(key[0])
-        assert described is not None
-        return len(votes[key]), described[:2], key[2], key[1]
-
-    return max(votes, key=rank, default=None)
+def _weaker_later(which: tuple[str, str]) -> tuple[object, ...]:
+    attack, norm = which
+    group, steps = attack_strength(attack)
+    return norm, -group, -steps, attack
 
 
 def _epochs_with(group: Group, key: str) -> dict[int, list[float]]:
@@ -189,27 +128,27 @@ def _epochs_with(group: Group, key: str) -> dict[int, list[float]]:
     return dict(sorted(values.items()))
 
 
-def _sweep(group: Group) -> dict[tuple[str, float], Spread]:
-    values: dict[tuple[str, float], list[float]] = {}
+def _sweeps(group: Group) -> dict[tuple[str, str], dict[float, Spread]]:
+    """Return (attack, norm) -> epsilon -> accuracy over seeds."""
+    values: dict[tuple[str, str], dict[float, list[float]]] = {}
     for run in group.runs:
         rows = find_rows_by(
-            run, "epsilon_sweep_accuracy", lambda row: (row.norm or "", row.epsilon or 0.0)
+            run,
+            "epsilon_sweep_accuracy",
+            lambda row: (sweep_attack(row), row.norm or "", row.epsilon or 0.0),
         )
-        for threat, row in rows.items():
-            values.setdefault(threat, []).append(100 * row.value)
-    return {threat: Spread.of(values[threat]) for threat in sorted(values)}
+        for (attack, norm, epsilon), row in rows.items():
+            curve = values.setdefault((attack, norm), {})
+            curve.setdefault(epsilon, []).append(100 * row.value)
+    return {
+        which: {epsilon: Spread.of(curve[epsilon]) for epsilon in sorted(curve)}
+        for which, curve in values.items()
+    }
 
 
 def _epsilon_unit(epsilons: Iterable[float]) -> tuple[float, str]:
     shown = [format_epsilon(epsilon) for epsilon in epsilons]
     return (255.0, ", in 1/255") if any(text.endswith("/255") for text in shown) else (1.0, "")
-
-
-def _limits(percentages: Sequence[float]) -> tuple[float, float]:
-    """Return axis limits with some room, at least two points wide, not far outside 0 to 100."""
-    low, high = min(percentages), max(percentages)
-    room = max(0.08 * (high - low), (2.0 - (high - low)) / 2, 0.2)
-    return max(low - room, min(low, 0.0) - 0.08 * (high - low) - 0.5), high + room
 
 
 def _over_seeds(groups: Sequence[Group]) -> str:

@@ -11,6 +11,12 @@ from dkl.reports.records import ResultRow, Run
 
 _PLACES = ("folder", "download", "num_workers")  # where data lie, not what they are
 _EPOCH_KEYS = ("epochs", "num_epochs")
+# What an attack is allowed to do; how it goes about it belongs to the method.
+_TRAINING_ATTACK = ("method.attack.norm", "method.attack.eps", "method.attack.num_steps")
+_EVALUATION = tuple(
+    f"evaluation.{key}" for key in ("norm", "eps", "step_size", "auto_attack", "num_images")
+)
+_MAX_SHOWN = 60  # characters of a setting in a note
 _MAX_LABEL_PART = 32  # characters; longer differences are named by their hash
 
 
@@ -83,7 +89,7 @@ def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
         for name in dict.fromkeys(name for name, _ in collected)
         if len(same := [key for key in collected if key[0] == name]) > 1
     ]
-    return groups, notes + _differences(groups)
+    return groups, notes + differences(groups)
 
 
 def find_row(
@@ -188,30 +194,79 @@ def _show(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-def _differences(groups: Sequence[Group]) -> list[str]:
-    """Say in what the groups differ that makes their numbers hard to compare."""
-    aspects: dict[str, Callable[[str], bool]] = {
-        "data": lambda key: (
-            key.partition(".")[0] == "data" and key.rpartition(".")[2] not in _PLACES
-        ),
-        "epochs": lambda key: key.rpartition(".")[2] in _EPOCH_KEYS,
-        "model": lambda key: key.partition(".")[0] == "model",
-    }
+def differences(groups: Sequence[Group]) -> list[str]:
+    """Say in what the groups differ that makes their numbers hard to compare.
+
+    Args:
+        groups: from ``group_runs``; labels may repeat.
+
+    Returns:
+        A sentence per aspect (data, epochs, model, training attack, evaluation) with the settings
+        that are not the same everywhere.
+    """
     notes = []
-    for aspect, belongs in aspects.items():
-        seen: dict[str, list[str]] = {}
-        for group in groups:
-            chosen = {key: value for key, value in flatten(group.recipe).items() if belongs(key)}
-            seen.setdefault(_show_settings(chosen), []).append(group.label)
-        if len(seen) > 1:
-            parts = "; ".join(f"{', '.join(who)}: {what}" for what, who in seen.items())
+    for aspect, belongs in _ASPECTS.items():
+        chosen = [
+            {key: _show(value) for key, value in flatten(group.recipe).items() if belongs(key)}
+            for group in groups
+        ]
+        involved = [
+            (group.label, settings)
+            for group, settings in zip(groups, chosen, strict=True)
+            if settings or aspect != "training attack"  # natural training has none to compare
+        ]
+        keys = [
+            key
+            for key in dict.fromkeys(key for _, settings in involved for key in settings)
+            if len({settings.get(key) for _, settings in involved}) > 1
+        ]
+        seen: dict[tuple[str | None, ...], list[str]] = {}
+        for label, settings in involved if keys else ():
+            labels = seen.setdefault(tuple(settings.get(key) for key in keys), [])
+            labels += [label] if label not in labels else []
+        if keys:
+            most = max(seen.values(), key=len)
+            parts = "; ".join(
+                f"{_who(who, is_rest=who is most)}: "
+                + _show_settings(dict(zip(keys, what, strict=True)), aspect)
+                for what, who in seen.items()
+            )
             notes.append(f"The recipes differ in {aspect} ({parts}).")
     return notes
 
 
-def _show_settings(settings: Mapping[str, Any]) -> str:
-    parts = [
-        _show(value) if len(settings) == 1 else f"{key.rpartition('.')[2]} {_show(value)}"
-        for key, value in settings.items()
-    ]
-    return ", ".join(parts) or "not stated"
+def _who(labels: Sequence[str], *, is_rest: bool) -> str:
+    """Name recipes; where the rest is long, by their number."""
+    return f"the other {len(labels)}" if is_rest and len(labels) > 4 else ", ".join(labels)
+
+
+def _is_data(key: str) -> bool:
+    return key.partition(".")[0] == "data" and key.rpartition(".")[2] not in _PLACES
+
+
+_ASPECTS: Mapping[str, Callable[[str], bool]] = {
+    "data": _is_data,
+    "epochs": lambda key: key.rpartition(".")[2] in _EPOCH_KEYS,
+    "model": lambda key: key.partition(".")[0] == "model",
+    "training attack": lambda key: key in _TRAINING_ATTACK,
+    "evaluation": lambda key: key in _EVALUATION,
+}
+
+
+def _show_settings(settings: Mapping[str, str | None], aspect: str) -> str:
+    stated = {key: _brief(value) for key, value in settings.items() if value is not None}
+    if not stated:
+        return "not stated"
+    # "epochs: epochs 20" says it twice; so does "model: name wrn_34_10".
+    if len(stated) == 1 and next(iter(stated)).rpartition(".")[2] in ("name", aspect):
+        return next(iter(stated.values()))
+    last = [key.rpartition(".")[2] for key in settings]
+    return ", ".join(
+        f"{short if last.count(short) == 1 else key.partition('.')[2]} {stated[key]}"
+        for key, short in zip(settings, last, strict=True)
+        if key in stated
+    )
+
+
+def _brief(value: str) -> str:
+    return value if len(value) <= _MAX_SHOWN else value[: _MAX_SHOWN - 3] + "..."

@@ -1,117 +1,53 @@
 """The report: one HTML file that needs nothing else."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dkl.reports.class_figures import class_margin_differences, class_table_heat_map
-from dkl.reports.figures import clean_versus_robust, robustness_curve, training_curves
+from dkl.reports.class_figures import class_table_heat_map
 from dkl.reports.groups import Group, group_runs
+from dkl.reports.masking import masking_checks
 from dkl.reports.origin import NOT_SETTINGS
-from dkl.reports.records import ResultRow, Run
+from dkl.reports.paper_tables import paper_table
+from dkl.reports.plans import PLANS, Plan
+from dkl.reports.records import Run
 from dkl.reports.svg import inline_svg
-from dkl.reports.tables import compare, describe_metric
+from dkl.reports.tables import compare
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MAX_COMMANDS = 3
+_MAX_NAMES = 6  # recipes named in the title
+Experiments = Mapping[str, Mapping[str, Sequence[Run]]]
+"""Name of a paper table -> key of its row -> runs; see ``paper_table``."""
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """A figure of the report: what draws it, what it needs, and the command that makes that."""
-
-    name: str
-    title: str
-    caption: str
-    draw: Callable[[Sequence[Run]], "Figure | None"]
-    has_data: Callable[[Run], bool]
-    needs: str
-    command: str
-    everywhere: bool = True
-
-
-def _has_rows(*metrics: str) -> Callable[[Run], bool]:
-    return lambda run: {*metrics} <= {row.metric for row in run.results if row.split == "test"}
-
-
-def _is_attacked(row: ResultRow) -> bool:
-    return row.norm is not None and row.split == "test" and describe_metric(row.metric) is not None
-
-
-def _has_clean_and_robust(run: Run) -> bool:
-    return _has_rows("clean_accuracy")(run) and any(map(_is_attacked, run.results))
-
-
-_PLANS = (
-    _Plan(
-        name="training-curves",
-        title="Training curves",
-        caption="Lines are means over seeds; bands are one sample standard deviation around them. "
-        "Validation images are held out of the training data. Accuracy under attack is that of "
-        "the short attack that chooses the checkpoint, usually higher than those of the table.",
-        draw=training_curves,
-        has_data=lambda run: bool(run.epochs),
-        needs="epoch records",
-        command="dkl train {recipe}",
-    ),
-    _Plan(
-        name="clean-versus-robust",
-        title="Clean versus robust accuracy",
-        caption="Every marker is one run on test images; up and to the right is better.",
-        draw=clean_versus_robust,
-        has_data=_has_clean_and_robust,
-        needs="clean_accuracy rows and rows of an attack",
-        command="dkl evaluate {run}",
-    ),
-    _Plan(
-        name="robustness-curve",
-        title="Robustness over epsilon",
-        caption="Test accuracy while the attack's budget grows. A curve that does not fall to "
-        "zero for large budgets would point at a broken attack.",
-        draw=robustness_curve,
-        has_data=_has_rows("epsilon_sweep_accuracy"),
-        needs="epsilon_sweep_accuracy rows",
-        command="dkl evaluate {run}",
-    ),
-    _Plan(
-        name="class-margins",
-        title="Class margins",
-        caption="Margin of a class: mean probability of the class over its images minus the "
-        "largest mean probability of another class. Blue: the first recipe has the larger margin. "
-        "Error bars, where there are several seeds, are standard errors of the difference.",
-        draw=class_margin_differences,
-        has_data=_has_rows("class_margin"),
-        needs='class_margin rows of two recipes, one of them with "trades" in its name',
-        command="dkl evaluate {run}",
-        everywhere=False,
-    ),
-)
-
-
-def write_report(runs: Iterable[Run], path: Path | str) -> Path:
+def write_report(
+    runs: Iterable[Run], path: Path | str, *, experiments: Experiments | None = None
+) -> Path:
     """Write the report on some runs as one self-contained HTML file.
 
     The file loads nothing from the network or the disk and runs no script. It appears whole or not
     at all.
 
     Args:
-        runs: at least one run.
+        runs: at least one run, here or in the experiments.
         path: where to write; folders are made.
+        experiments: tables of the paper to put first, with the runs attached to their rows; these
+            runs are part of the report whether ``runs`` holds them or not.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: no runs.
+        ValueError: no runs, or a table or row that the paper does not have.
         OSError: the file cannot be written.
     """
     file = Path(path)
-    text = render_report(list(runs))
+    text = render_report(list(runs), experiments=experiments)
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
@@ -137,7 +73,7 @@ def save_figures(runs: Sequence[Run], folder: Path | str) -> list[Path]:
     """
     directory = Path(folder)
     directory.mkdir(parents=True, exist_ok=True)
-    drawn = ((plan.name, plan.draw(runs)) for plan in _PLANS)
+    drawn = ((plan.name, plan.draw(runs)) for plan in PLANS)
     files = []
     for name, figure in (*drawn, ("class-table", class_table_heat_map(runs))):
         if figure is not None:
@@ -147,7 +83,7 @@ def save_figures(runs: Sequence[Run], folder: Path | str) -> list[Path]:
     return files
 
 
-def render_report(runs: Sequence[Run]) -> str:
+def render_report(runs: Sequence[Run], *, experiments: Experiments | None = None) -> str:
     """Return the report's HTML text; see ``write_report``."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -158,24 +94,44 @@ def render_report(runs: Sequence[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    tables = experiments or {}
+    runs = _distinct(
+        [*runs, *(run for rows in tables.values() for r in rows.values() for run in r)]
+    )
     groups, _ = group_runs(runs)
-    table = compare(runs)
-    sections = [_section(plan, runs) for plan in _PLANS] + _table_sections(groups, runs)
+    planned = (_section(plan, runs) for plan in PLANS)
+    sections = [section for section in planned if section is not None]
+    sections += _table_sections(groups, runs)
     return environment.get_template("report.html.j2").render(
-        title=", ".join(dict.fromkeys(group.recipe["name"] for group in groups)),
+        title=_title(groups, tables),
         num_runs=sum(len(group.runs) for group in groups),
         num_recipes=len(groups),
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         facts=_facts(runs),
-        table=table,
+        paper_tables=[paper_table(name, rows) for name, rows in tables.items()],
+        masking=masking_checks(runs),
+        table=compare(runs),
         sections=sections,
         recipes=[_recipe(group) for group in groups],
         measurements=[_measurement(group, run) for group in groups for run in group.runs],
     )
 
 
-def _section(plan: _Plan, runs: Sequence[Run]) -> dict[str, Any]:
+def _title(groups: Sequence[Group], experiments: Experiments) -> str:
+    names = [*experiments] or [*dict.fromkeys(group.recipe["name"] for group in groups)]
+    rest = len(names) - _MAX_NAMES
+    return ", ".join(names if rest < 2 else [*names[:_MAX_NAMES], f"and {rest} more"])
+
+
+def _distinct(runs: Iterable[Run]) -> list[Run]:
+    """Return each run folder once: experiments share runs, and rows of a table may too."""
+    return list({run.path.resolve(): run for run in runs}.values())
+
+
+def _section(plan: Plan, runs: Sequence[Run]) -> dict[str, Any] | None:
     figure = plan.draw(runs)
+    if figure is None and plan.optional:
+        return None
     lacking = [run for run in runs if not plan.has_data(run)]
     commands = [plan.command.format(recipe=run.name, run=run.path) for run in lacking]
     return {

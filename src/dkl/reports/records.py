@@ -14,6 +14,8 @@ from dkl.reports.origin import provenance, settings_hash
 __all__ = ["ResultRow", "Run", "RunError", "append_results", "provenance", "read_run"]
 
 logger = logging.getLogger(__name__)
+# Details that say what was measured: a sweep under PGD does not replace one under AutoAttack.
+_DISTINGUISHING = ("attack", "source", "check", "images", "measure")
 
 
 class RunError(ValueError):
@@ -28,7 +30,8 @@ class ResultRow:
         run_name: name of the recipe.
         seed: seed of the run.
         metric: "clean_accuracy", "pgd_20_accuracy", "auto_attack_accuracy", "class_margin", ...
-        value: a fraction in [0, 1] for accuracies, in [-1, 1] for margins; never percent.
+        value: a fraction in [0, 1] for accuracies, in [-1, 1] for margins and silhouettes, any
+            finite number for a ratio of distances; never percent.
         num_samples: how many samples it was measured on.
         settings_hash: see ``settings_hash``.
         epsilon: attack budget, None without attack.
@@ -42,7 +45,8 @@ class ResultRow:
         device: machine in words.
         time: ISO time of the measurement.
         seconds: how long it took.
-        details: anything else, JSON values only.
+        details: anything else, JSON values only; "attack", "source", "check", "images" and
+            "measure" tell apart measurements that share a metric.
 
     Raises:
         ValueError: values out of range.
@@ -74,11 +78,16 @@ class ResultRow:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.details, Mapping):
+            raise ValueError(f"details need a mapping, got {self.details!r}")
         low = 0.0 if self.metric.endswith("_accuracy") else -1.0
-        if not isinstance(self.value, (int, float)) or not low <= self.value <= 1.0:
+        is_ratio = self.details.get("measure") == "intra_inter_ratio"
+        high = math.inf if is_ratio else 1.0
+        known = isinstance(self.value, (int, float)) and math.isfinite(self.value)
+        if not known or not low <= self.value <= high:
+            wanted = "a finite number" if is_ratio else f"a fraction in [{low:g}, 1]"
             raise ValueError(
-                f"{self.metric} needs a fraction in [{low:g}, 1], got {self.value!r}; "
-                "divide percentages by 100"
+                f"{self.metric} needs {wanted}, got {self.value!r}; divide percentages by 100"
             )
         if not isinstance(self.num_samples, int) or self.num_samples < 1:
             raise ValueError(f"num_samples needs an integer of at least 1, got {self.num_samples}")
@@ -96,6 +105,7 @@ class ResultRow:
             self.split,
             self.checkpoint,
             self.settings_hash,
+            *(str(self.details.get(key)) for key in _DISTINGUISHING),
         )
 
     def to_json(self) -> str:

@@ -93,7 +93,7 @@ def new_figure(height: float, title: str) -> "Figure":
     """Return an empty figure of the common width with a title that states what is plotted."""
     from matplotlib.figure import Figure
 
-    lines = textwrap.wrap(title, 76)
+    lines = textwrap.wrap(title, 72)
     height += 0.17 * (len(lines) - 1)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     figure.suptitle("\n".join(lines), x=0.012, ha="left", fontsize=10, fontweight="bold")

@@ -4,16 +4,14 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dkl.reports.groups import Group, Spread, find_row, format_epsilon, group_runs
+from dkl.reports.masking import masking_notes
 from dkl.reports.records import ResultRow, Run
+from dkl.reports.rendering import PLUS_MINUS, TextTable
 
-if TYPE_CHECKING:
-    import rich.table
-
-_FINE_SAMPLES = 5000  # from here on an image weighs 0.02 points: two decimals mean something
-_PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
+FINE_SAMPLES = 5000  # from here on an image weighs 0.02 points: two decimals mean something
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class TableRow:
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(TextTable):
     """What ``compare`` found, and how to show it; values are percent."""
 
     columns: tuple[Column, ...]
@@ -53,42 +51,21 @@ class Table:
         titles = [f"{column.title} (%)" for column in self.columns]
         return ["recipe", *titles, "seeds", "test images", "train (s)"]
 
-    def lines(self, plus_minus: str = _PLUS_MINUS) -> list[list[str]]:
+    def lines(self, plus_minus: str = PLUS_MINUS) -> list[list[str]]:
         """Return the rows as text, a cell per column of ``header``."""
         return [
             [
                 row.label,
-                *(self._cell(cell, len(row.seeds), plus_minus) for cell in row.cells),
+                *(
+                    show_spread(cell, len(row.seeds), self.decimals, plus_minus)
+                    for cell in row.cells
+                ),
                 str(len(row.seeds)),
                 _show_samples(row.num_samples),
                 _show_seconds(row.train_seconds),
             ]
             for row in self.rows
         ]
-
-    def to_text(self) -> str:
-        """Return plain ASCII text with aligned columns, notes below."""
-        cells = [self.header, *self.lines(plus_minus="+-")]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if place else cell.ljust(width)
-                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in cells
-        ]
-        rule = "  ".join("-" * width for width in widths)
-        return "\n".join([lines[0], rule, *lines[1:], *(f"note: {note}" for note in self.notes)])
-
-    def to_markdown(self) -> str:
-        """Return a GitHub table, notes as a list below."""
-        align = ["---", *["---:"] * (len(self.header) - 1)]
-        table = [
-            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
-            for line in (self.header, align, *self.lines())
-        ]
-        notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
-        return "\n".join(table + notes)
 
     def to_json(self) -> str:
         """Return everything as JSON: means and sample standard deviations in percent."""
@@ -97,14 +74,14 @@ class Table:
                 "recipe": row.label,
                 "settings_hash": row.settings_hash,
                 "seeds": list(row.seeds),
-                "train_seconds": _spread_json(row.train_seconds),
+                "train_seconds": spread_json(row.train_seconds),
                 "metrics": [
                     {
                         "metric": column.metric,
                         "norm": column.norm,
                         "epsilon": column.epsilon,
                         "num_samples": list(num_samples),
-                        **_spread_json(cell),
+                        **spread_json(cell),
                     }
                     for column, cell, num_samples in zip(
                         self.columns, row.cells, row.num_samples, strict=True
@@ -116,28 +93,23 @@ class Table:
         ]
         return json.dumps({"unit": "percent", "rows": rows, "notes": list(self.notes)}, indent=2)
 
-    def to_rich(self) -> "rich.table.Table":
-        """Return a Rich table; the notes are its caption."""
-        from rich import box
-        from rich.table import Table as RichTable
-        from rich.text import Text
 
-        caption = Text("\n".join(self.notes)) if self.notes else None
-        table = RichTable(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
-        for place, title in enumerate(self.header):
-            table.add_column(Text(title), justify="right" if place else "left", overflow="fold")
-        for line in self.lines():
-            table.add_row(*map(Text, line))  # Text: a label with [brackets] is no markup
-        return table
+def show_spread(
+    spread: Spread | None, num_seeds: int, decimals: int, plus_minus: str = PLUS_MINUS
+) -> str:
+    """Write mean and deviation, with the number of seeds where it is 1 or not ``num_seeds``.
 
-    def _cell(self, cell: Spread | None, num_seeds: int, plus_minus: str) -> str:
-        if cell is None:
-            return "-"
-        text = f"{cell.mean:.{self.decimals}f}"
-        if cell.deviation is not None:
-            text += f" {plus_minus} {cell.deviation:.{self.decimals}f}"
-        unusual = cell.num_seeds == 1 or cell.num_seeds != num_seeds
-        return f"{text} (n={cell.num_seeds})" if unusual else text
+    Example:
+        >>> show_spread(Spread(80.0, 1.25, 2), 3, 1, "+-"), show_spread(None, 3, 1)
+        ('80.0 +- 1.2 (n=2)', '-')
+    """
+    if spread is None:
+        return "-"
+    text = f"{spread.mean:.{decimals}f}"
+    if spread.deviation is not None:
+        text += f" {plus_minus} {spread.deviation:.{decimals}f}"
+    unusual = spread.num_seeds == 1 or spread.num_seeds != num_seeds
+    return f"{text} (n={spread.num_seeds})" if unusual else text
 
 
 def compare(runs: Iterable[Run]) -> Table:
@@ -188,7 +160,7 @@ def compare(runs: Iterable[Run]) -> Table:
     )
     notes = _threat_note(columns) + notes + _doubts(groups, columns, chosen)
     fewest = min((num for row in rows for nums in row.num_samples for num in nums), default=0)
-    return Table(tuple(columns), rows, tuple(notes), 2 if fewest >= _FINE_SAMPLES else 1)
+    return Table(tuple(columns), rows, tuple(notes), 2 if fewest >= FINE_SAMPLES else 1)
 
 
 def describe_metric(metric: str) -> tuple[int, int, str] | None:
@@ -200,8 +172,10 @@ def describe_metric(metric: str) -> tuple[int, int, str] | None:
     """
     whole = {
         "clean_accuracy": (0, 0, "clean"),
-        "auto_attack_fast_accuracy": (3, 0, "AutoAttack-fast"),
-        "auto_attack_accuracy": (4, 0, "AutoAttack"),
+        "square_accuracy": (3, 0, "Square"),
+        "auto_attack_fast_accuracy": (4, 0, "AutoAttack-fast"),
+        "auto_attack_accuracy": (5, 0, "AutoAttack"),
+        "worst_case_accuracy": (6, 0, "worst case"),
     }
     if match := re.fullmatch(r"(pgd|cw)_(\d+)_accuracy", metric):
         name, steps = match[1], int(match[2])
@@ -262,7 +236,19 @@ def _doubts(
         notes.append(f"Seeds are few: no spread for {', '.join(single)} (n=1).")
     if not columns:
         notes.append("No test results yet: `dkl evaluate RUN` makes them.")
-    notes += _sample_notes(columns, chosen)
+    return notes + masking_notes(groups) + _sample_notes(columns, chosen) + row_doubts(chosen)
+
+
+def row_doubts(chosen: Mapping[str, Sequence[Sequence[ResultRow]]]) -> list[str]:
+    """Say which lines mix weights, or hold numbers of another checkpoint than the best one.
+
+    Args:
+        chosen: label of a line -> the rows behind each of its cells.
+
+    Returns:
+        Notes for the reader.
+    """
+    notes = []
     rows_per_run = _rows_per_run(chosen)
     last = [label for (label, _), rows in rows_per_run.items() if _checkpoints(rows) - {"best"}]
     if last:
@@ -325,7 +311,8 @@ def _show_seconds(seconds: Spread | None) -> str:
     return f"{seconds.mean:.0f}" if seconds.mean >= 10 else f"{seconds.mean:.1f}"
 
 
-def _spread_json(spread: Spread | None) -> dict[str, Any]:
+def spread_json(spread: Spread | None) -> dict[str, Any]:
+    """Return a spread as plain JSON values."""
     if spread is None:
         return {"mean": None, "deviation": None, "num_seeds": 0}
     return {

@@ -91,11 +91,11 @@ _SMALL_HYPERPARAMETERS = {
     **{f"ce_{n}": Row(_SMALL_IKL, scaled={"method.ce_weight": n / 5}) for n in (2, 3, 4, 5)},
     **{f"tau_{n}": Row(_SMALL_IKL, (f"method.weight_temperature={n}",)) for n in (1, 2, 3, 4)},
 }
+# The recipe itself has a/4 = 5, b = 5 and tau = 4.
 _PAPER_HYPERPARAMETERS = {
-    **{f"mse_{n}": Row(f"{_PAPER_IKL}_mse_{n}") for n in (3, 4, 6)},
-    **{f"ce_{n}": Row(f"{_PAPER_IKL}_ce_{n}") for n in (2, 3, 4)},
-    **{f"tau_{n}": Row(f"{_PAPER_IKL}_tau_{n}") for n in (1, 2, 3)},
-    **{key: Row(_PAPER_IKL) for key in ("mse_5", "ce_5", "tau_4")},
+    **{f"mse_{n}": Row(_PAPER_IKL if n == 5 else f"{_PAPER_IKL}_mse_{n}") for n in (3, 4, 5, 6)},
+    **{f"ce_{n}": Row(_PAPER_IKL if n == 5 else f"{_PAPER_IKL}_ce_{n}") for n in (2, 3, 4, 5)},
+    **{f"tau_{n}": Row(_PAPER_IKL if n == 4 else f"{_PAPER_IKL}_tau_{n}") for n in (1, 2, 3, 4)},
 }
 
 
