@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from dkl import config
-from dkl.attacks import Norm
 from dkl.build.checks import measurable
 from dkl.build.objects import build_data
 from dkl.build.runs import load_run_model, read_recipe
 from dkl.engine.randomness import preserved_rng
 from dkl.evaluation import AutoAttackResult, auto_attack
 from dkl.evaluation.auto_attack_phases import Version, load_package, plan_phases
+from dkl.evaluation.inputs import EvaluationNorm
 
 
 class FlagMismatchError(RuntimeError):
@@ -48,7 +48,7 @@ class Subject:
     images: Tensor
     labels: Tensor
     eps: float
-    norm: Norm
+    norm: EvaluationNorm
     version: Version
     batch_size: int
     seed: int

@@ -1,6 +1,6 @@
 """The one place that sees both recipes and classes: builds, trains, evaluates, tunes."""
 
-from dkl.build.evaluating import evaluate_run
+from dkl.build.evaluating import evaluate_run, evaluate_weights
 from dkl.build.training import TrainOutcome, train, train_recipe
 from dkl.build.tuning import TuneOutcome, tune_recipe
 from dkl.data import convert_carmon, convert_npz
@@ -11,6 +11,7 @@ __all__ = [
     "convert_carmon",
     "convert_npz",
     "evaluate_run",
+    "evaluate_weights",
     "train",
     "train_recipe",
     "tune_recipe",

@@ -7,12 +7,13 @@ import typer
 from dkl.cli.bench import bench_evaluate, bench_linear, bench_losses, bench_train
 from dkl.cli.data import convert, convert_carmon
 from dkl.cli.errors import Commands, common_options
+from dkl.cli.evaluating import evaluate
 from dkl.cli.export import export
 from dkl.cli.processes import leave
 from dkl.cli.recipes import copy_recipe, list_recipes, show_recipe
 from dkl.cli.reproduce import reproduce
 from dkl.cli.results import compare, report
-from dkl.cli.training import evaluate, train, tune
+from dkl.cli.training import train, tune
 
 
 def _examples(*commands: str) -> str:
@@ -51,6 +52,9 @@ app.command(
         "dkl evaluate runs/digits_ikl_at/seed_0",
         "dkl evaluate runs/digits_ikl_at/seed_0 evaluation.num_images=360",
         "dkl evaluate runs/digits_ikl_at/seed_0 --checkpoint last --json",
+        "dkl evaluate runs/digits_ikl_at/seed_0 --transfer-from runs/digits_natural/seed_0",
+        "dkl evaluate weights.pt --recipe cifar100_ikl_at",
+        "torchrun --nproc_per_node 2 -m dkl evaluate runs/digits_ikl_at/seed_0",
     )
 )(evaluate)
 app.command(

@@ -5,16 +5,13 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich import box
 from rich.console import Console
-from rich.status import Status
 from rich.table import Table
 from rich.text import Text
-from typing_extensions import Self
 
 if TYPE_CHECKING:
     from dkl.reports import ResultRow
@@ -54,49 +51,6 @@ def stdout_for_json_only(as_json: bool) -> Iterator[None]:
         return
     with contextlib.redirect_stdout(sys.stderr):
         yield
-
-
-class EvaluationProgress:
-    """Shows what is being measured: a live line on a terminal, a line per measurement elsewhere."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._status: Status | None = None
-        self._said = ""
-
-    def __call__(self, what: str, state: Any = None) -> None:
-        """Tell what is measured; ``state`` is where AutoAttack stands."""
-        headline = f"Measuring {what}"
-        if state is not None:
-            headline += f": {state.attack} ({state.attack_index + 1} of {state.num_attacks})"
-        if self._status is None:
-            if headline != self._said:
-                say(headline)
-            self._said = headline
-            return
-        if state is not None:
-            headline += (
-                f", {state.num_done}/{state.num_attacked} images, "
-                f"{state.num_robust}/{state.num_samples} robust, {state.seconds:.0f} s"
-            )
-        self._status.update(Text(headline))
-
-    def __enter__(self) -> Self:
-        """Open the live line."""
-        if self._console.is_terminal and is_main_process():
-            self._status = self._console.status(Text("Loading"))
-            self._status.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the live line."""
-        if self._status is not None:
-            self._status.stop()
 
 
 def row_document(row: "ResultRow") -> dict[str, Any]:

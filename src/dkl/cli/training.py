@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dkl.cli.evaluating import evaluate, measure_run
+from dkl.cli.evaluating import measure_run
 from dkl.cli.output import (
     is_main_process,
     print_json,
@@ -19,8 +19,6 @@ from dkl.cli.output import (
 
 if TYPE_CHECKING:
     from dkl.reports import ResultRow
-
-__all__ = ["AsJson", "evaluate", "train", "tune"]
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or the path of a YAML file.")
