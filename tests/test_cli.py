@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from dkl.cli import app
-from dkl.config import load_recipe, recipe_text, to_yaml
+from dkl.config import load_recipe, recipe_text, resolved, to_yaml
 from dkl.reports import ResultRow, append_results
 
 
@@ -353,6 +353,8 @@ def test_recipes_are_listed_shown_and_copied(build, tmp_path):
     assert {"digits_trades", "digits_kd"} <= {one["name"] for one in listed}
     assert run("recipes", "show", "digits_kd").stdout == recipe_text("digits_kd")
     assert json.loads(run("recipes", "show", "digits_kd", "--json").stdout)["name"] == "digits_kd"
+    full = yaml.safe_load(run("recipes", "show", "cifar100_ikl_at_mse_3", "--full").stdout)
+    assert full == resolved(load_recipe("cifar100_ikl_at_mse_3"))
     run("recipes", "copy", "digits_kd")
     assert load_recipe("digits_kd.yaml") == load_recipe("digits_kd")
     run("recipes", "copy", "digits_kd", "folder/mine.yaml")

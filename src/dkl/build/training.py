@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from dkl.build.runs import RECIPE_FILE, load_run_model, read_recipe, write_text
 from dkl.data import Augment, DatasetSource, ImageData
 from dkl.engine import FitResult, LoopSettings, fit, schedules
 from dkl.engine.averaging import AverageSettings
+from dkl.engine.batches import Mix
 from dkl.engine.state import has_checkpoint
 from dkl.methods.protocol import Method
 
@@ -230,6 +231,8 @@ def train(
     optimizer: MakeOptimizer | None = None,
     schedule: schedules.Schedule | None = None,
     augment: Augment | None = None,
+    views: Sequence[Augment] = (),
+    mix: Mix | None = None,
     validate: Validate | None = None,
     averaging: AverageSettings | None = None,
     weight_perturbation: Any = None,
@@ -249,7 +252,9 @@ def train(
         optimizer: makes an optimiser from parameters; default SGD, lr 0.1, momentum 0.9, weight
             decay 5e-4.
         schedule: progress in epochs -> factor of the learning rate; default: cosine to zero.
-        augment: works on whole batches; see ``dkl.data.basic_augment``.
+        augment: works on whole batches; see ``dkl.data.make_augment``.
+        views: augmentations of further views, for methods that train on several.
+        mix: mixes pairs of images and their labels, such as ``dkl.data.cutmix``.
         validate: model -> named values; default: ``val_accuracy`` on ``val_data``.
         averaging: moving average of the weights; it is validated in the model's place.
         weight_perturbation: ``dkl.attacks.AdversarialWeightPerturbation``.
@@ -284,6 +289,8 @@ def train(
         make_optimizer=optimizer or _default_optimizer,
         schedule=schedule or schedules.cosine(epochs),
         augment=augment,
+        views=views,
+        mix=mix,
         validate=validate,
         weight_perturbation=weight_perturbation,
         weight_average=averaging,

@@ -99,7 +99,10 @@ _recipes = typer.Typer(
     no_args_is_help=True, help="List, show and copy the recipes that come with dkl."
 )
 _recipes.command("list")(list_recipes)
-_recipes.command("show", epilog=_examples("dkl recipes show digits_ikl_at"))(show_recipe)
+_recipes.command(
+    "show",
+    epilog=_examples("dkl recipes show digits_ikl_at", "dkl recipes show cifar100_ikl_at --full"),
+)(show_recipe)
 _recipes.command("copy", epilog=_examples("dkl recipes copy digits_ikl_at my_recipe.yaml"))(
     copy_recipe
 )

@@ -30,12 +30,20 @@ def list_recipes(as_json: AsJson = False) -> None:
     print_table(table)
 
 
-def show_recipe(name: RecipeName, as_json: AsJson = False) -> None:
+def show_recipe(
+    name: RecipeName,
+    full: Annotated[
+        bool, typer.Option("--full", help="With all that its bases say, without comments.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Print a shipped recipe, comments included."""
     from dkl import config
 
     if as_json:
         print_json(config.resolved(config.load_recipe(name)))
+    elif full:
+        typer.echo(config.to_yaml(config.load_recipe(name)), nl=False)
     else:
         typer.echo(config.recipe_text(name), nl=False)
 
