@@ -113,12 +113,13 @@ def main() -> None:
     jobs = [(recipe, seed) for recipe in RECIPES for seed in range(options.seeds)]
     run_all(jobs, options)
 
+    from dkl.cli.output import print_table
     from dkl.reports import compare, read_run, write_report
 
     runs = [read_run(options.out / recipe / f"seed_{seed}") for recipe, seed in jobs]
-    console = Console(width=max(Console().width, 110))
-    console.print(compare(runs).to_rich())
+    print_table(compare(runs).to_rich())
     report = write_report(runs, options.out / "report.html")
+    console = Console(width=max(Console().width, 110))
     console.print(f"AutoAttack: standard, {options.num_images} test images, Linf eps 0.2.")
     console.print(f"Report: {report.resolve()}  ({time.perf_counter() - started:.0f} s in all)")
 

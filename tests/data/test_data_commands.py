@@ -64,7 +64,8 @@ def test_convert_carmon(app: typer.Typer, tmp_path: Path) -> None:
     assert generated.rows(torch.arange(5))[1].tolist() == [0, 1, 2, 3, 4]
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 2
-    assert "exists; move it" in " ".join(again.stderr.split())
+    # The frame that the message stands in breaks its lines where the path ends.
+    assert "exists; move it" in " ".join(again.stderr.replace("\u2502", " ").split())
 
 
 def test_errors_are_one_message(app: typer.Typer, tmp_path: Path) -> None:
