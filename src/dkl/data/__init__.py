@@ -1,7 +1,7 @@
 """Image data: in memory and on disk, batch sources, augmentation of whole batches.
 
-``import dkl.data`` needs torch alone; what reads and writes npz files is imported on first use and
-needs numpy.
+``import dkl.data`` needs torch alone; what reads and writes npz files or a teacher cache, and what
+mixes or balances, is imported on first use and needs numpy.
 """
 
 from importlib import import_module
@@ -13,42 +13,62 @@ from dkl.data.cutmix import cutmix
 from dkl.data.cutout import cutout
 from dkl.data.dataset_source import DatasetSource
 from dkl.data.draws import Augment, Draw
+from dkl.data.image_lists import ImageList, read_image_list
 from dkl.data.images import ImageData
 from dkl.data.loading import DATASETS, load_data
+from dkl.data.long_tailed import class_sizes, group_accuracies, long_tailed, shot_groups
 from dkl.data.lookup import DatasetNotFoundError
 from dkl.data.splits import split_validation
 
 if TYPE_CHECKING:
     from dkl.data.carmon import convert_carmon
+    from dkl.data.class_balanced import ClassBalancedSource
     from dkl.data.generated import GeneratedImages
     from dkl.data.mixing import MixedSource
     from dkl.data.npz_files import convert_npz, write_npz
+    from dkl.data.teacher_cache import TeacherCache
+    from dkl.data.teacher_chunks import TeacherCacheError
+    from dkl.data.teacher_rows import TopKRows
 
 __all__ = [
     "DATASETS",
     "Augment",
+    "ClassBalancedSource",
     "DatasetNotFoundError",
     "DatasetSource",
     "Draw",
     "GeneratedImages",
     "ImageData",
+    "ImageList",
     "MixedSource",
+    "TeacherCache",
+    "TeacherCacheError",
+    "TopKRows",
     "auto_augment",
     "basic_augment",
+    "class_sizes",
     "compose",
     "convert_carmon",
     "convert_npz",
     "cutmix",
     "cutout",
+    "group_accuracies",
     "load_data",
+    "long_tailed",
     "make_augment",
+    "read_image_list",
+    "shot_groups",
     "split_validation",
     "write_npz",
 ]
 
 _MODULES_WITH_NUMPY = {
+    "ClassBalancedSource": "class_balanced",
     "GeneratedImages": "generated",
     "MixedSource": "mixing",
+    "TeacherCache": "teacher_cache",
+    "TeacherCacheError": "teacher_chunks",
+    "TopKRows": "teacher_rows",
     "convert_carmon": "carmon",
     "convert_npz": "npz_files",
     "write_npz": "npz_files",
