@@ -3,6 +3,7 @@
 import argparse
 import logging
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -243,11 +244,11 @@ def test_unknown_entries_are_no_normalisation(name, tmp_path):
 @pytest.mark.parametrize(
     "extra",
     [
-        {"args": argparse.Namespace(lr=0.1)},
+        {"args": argparse.Namespace(folder=Path("runs"))},
         {"scheduler_state_dict": {"anneal_func": max}},
         {"optimizer_state_dict": {"lr_lambda": print}},
     ],
-    ids=["namespace", "function in a schedule", "function in an optimiser"],
+    ids=["object in a namespace", "function in a schedule", "function in an optimiser"],
 )
 def test_resume_files_with_objects_get_the_one_clear_error(extra, tmp_path):
     torch.save({**resume_file(), **extra}, tmp_path / "a.pt")

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,16 @@ logger = logging.getLogger(__name__)
 # weights where "unaveraged_model_state_dict" is beside it.
 _CONTAINERS = ("state_dict", "model_state_dict", "net", "model")
 
+# Beside the weights, training codes keep their settings and scores in objects of these classes.
+_KNOWN_OBJECTS = (
+    "argparse.Namespace",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+)
+# torch keeps what it allows in one place for all threads.
+_allowing_stand_ins = threading.Lock()
+
 
 class CheckpointError(ValueError):
     """A file of weights that cannot be read, or does not fit the model."""
@@ -27,7 +38,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         path: the file; its content decides how it is read, not its name.
 
     Returns:
-        Names as they are in the file, and tensors on the CPU.
+        Names as they are in the file, and tensors on the CPU. Settings and scores beside the
+        weights (``argparse.Namespace``, NumPy's numbers) are passed over: empty stand-ins are built
+        in their place, so that not even their own classes are called.
 
     Raises:
         CheckpointError: the file is missing, damaged, no checkpoint, or would need to run code.
@@ -83,9 +96,26 @@ def _read_safetensors(path: Path) -> Any:
         raise CheckpointError(_damaged(path, error)) from error
 
 
+class _StandIn:
+    """An object without content in the place of one that a file describes.
+
+    torch's restricted reader may only call what it was told to. Instead of the classes in
+    ``_KNOWN_OBJECTS`` it gets this one, which takes any arguments and any state and keeps nothing,
+    so that a file cannot make it do anything, whatever the file says about the object.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, *_arguments: object) -> "_StandIn":
+        return super().__new__(cls)
+
+    def __setstate__(self, _state: object) -> None:
+        """Drop the state."""
+
+
 def _read_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _load(path)
     except pickle.UnpicklingError as error:
         if "global" not in str(error).lower():
             raise CheckpointError(_damaged(path, error)) from error
@@ -98,6 +128,18 @@ def _read_torch(path: Path) -> Any:
     except Exception as error:
         # Damaged files fail in torch.load in many ways (RuntimeError, EOFError, KeyError, ...).
         raise CheckpointError(_damaged(path, error)) from error
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if not any(name in str(error) for name in _KNOWN_OBJECTS):
+            raise
+    # Only files that need it are read a second time, because the permission holds for all threads.
+    stand_ins: Any = [(_StandIn, name) for name in _KNOWN_OBJECTS]
+    with _allowing_stand_ins, torch.serialization.safe_globals(stand_ins):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _damaged(path: Path, error: Exception) -> str:

@@ -37,6 +37,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> list[str]:
 
     Everything else must fit, except that old files may lack batch-norm's counters
     ``num_batches_tracked``. Files never run code; the model is changed only if everything fits.
+    Optimisers, scores and settings (``argparse.Namespace``) beside the weights are ignored, so that
+    the teachers of mdistiller and RepDistiller load as they are published.
 
     Args:
         model: the model to load into, on any device and of any float type.

@@ -1,9 +1,9 @@
 """A small convolutional network for quick runs on a CPU."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dkl.models.classifier import ImageClassifier, check_positive
+from dkl.models.tap_points import Tap, TapPoints, outputs_of
 
 
 class ConvNet(ImageClassifier):
@@ -29,17 +29,26 @@ class ConvNet(ImageClassifier):
             )
         )
         self.bn = nn.ModuleList(nn.BatchNorm2d(channels) for channels in widths)
+        self.relu = nn.ModuleList(nn.ReLU() for _ in widths)
         self.fc = nn.Linear(widths[-1], num_classes)
 
     def get_classifier(self) -> nn.Linear:
         """Return the last layer."""
         return self.fc
 
+    def tap_points(self) -> TapPoints:
+        """Return the map of every convolution, after and before its ReLU."""
+        acts = [f"relu.{i}" for i in range(len(self.relu))]
+        return TapPoints(
+            outputs_of(*acts), "fc", tuple(Tap(name, "input") for name in acts),
+            tuple(f"bn.{i}" for i in range(len(self.bn))),
+        )  # fmt: skip
+
     def forward_features(self, images_NCHW: Tensor) -> Tensor:
         """Return the last feature map [N, num_features, H / 4, W / 4] after its ReLU."""
         features = images_NCHW
-        for conv, bn in zip(self.conv, self.bn, strict=True):
-            features = F.relu(bn(conv(features)))
+        for conv, bn, relu in zip(self.conv, self.bn, self.relu, strict=True):
+            features = relu(bn(conv(features)))
         return features
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dkl.models.classifier import ImageClassifier, check_positive
+from dkl.models.tap_points import TapPoints, outputs_of
 
 
 class PreActBlock(nn.Module):
@@ -71,6 +72,14 @@ class PreActResNet(ImageClassifier):
     def get_classifier(self) -> nn.Linear:
         """Return the last layer."""
         return self.linear
+
+    def tap_points(self) -> TapPoints:
+        """Return the raw sums of the stages; each is normalised where the next one begins."""
+        norms = ("layer2.0.bn1", "layer3.0.bn1", "layer4.0.bn1", "bn")
+        return TapPoints(
+            outputs_of("conv1", "layer1", "layer2", "layer3", "layer4"), "linear",
+            outputs_of("conv1", *norms), (None, *norms),
+        )  # fmt: skip
 
     def forward_features(self, images_NCHW: Tensor) -> Tensor:
         """Return the last feature map [N, num_features, H / 8, W / 8] after its ReLU."""

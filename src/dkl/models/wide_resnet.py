@@ -5,12 +5,11 @@ share: ``conv1``, ``block{1,2,3}.layer.{i}.{bn1,conv1,bn2,conv2}``,
 ``block{1,2,3}.layer.0.convShortcut``, ``bn1``, ``fc``.
 """
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dkl.models.classifier import ImageClassifier, check_positive
+from dkl.models.classifier import ImageClassifier, check_positive, draw_convolutions
+from dkl.models.tap_points import TapPoints, outputs_of
 
 
 def blocks_per_stage(depth: int) -> int:
@@ -39,11 +38,7 @@ def blocks_per_stage(depth: int) -> int:
 
 def initialise(model: ImageClassifier) -> None:
     """Draw convolutions from N(0, 2 / (kernel_size^2 out_channels)); the last bias becomes 0."""
-    # Batch-norm layers start at scale 1 and shift 0 by themselves.
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            fan_out = math.prod(module.kernel_size) * module.out_channels
-            nn.init.normal_(module.weight, mean=0.0, std=math.sqrt(2 / fan_out))
+    draw_convolutions(model)
     nn.init.zeros_(model.get_classifier().bias)
 
 
@@ -148,6 +143,14 @@ class WideResNet(ImageClassifier):
     def get_classifier(self) -> nn.Linear:
         """Return the last layer."""
         return self.fc
+
+    def tap_points(self) -> TapPoints:
+        """Return the raw sums of the stages; each is normalised where the next one begins."""
+        norms = ("block2.layer.0.bn1", "block3.layer.0.bn1", "bn1")
+        return TapPoints(
+            outputs_of("conv1", "block1", "block2", "block3"), "fc",
+            outputs_of("conv1", *norms), (None, *norms),
+        )  # fmt: skip
 
     def forward_features(self, images_NCHW: Tensor) -> Tensor:
         """Return the last feature map [N, num_features, H / 4, W / 4] after its ReLU."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dkl.models.classifier import ImageClassifier, check_positive
+from dkl.models.tap_points import TapPoints, outputs_of
 from dkl.models.wide_resnet import blocks_per_stage, initialise
 
 
@@ -150,6 +151,14 @@ class WideResNetSiLU(ImageClassifier):
     def get_classifier(self) -> nn.Linear:
         """Return the last layer."""
         return self.logits
+
+    def tap_points(self) -> TapPoints:
+        """Return the raw sums of the stages; each is normalised where the next one begins."""
+        norms = ("layer.1.block.0.batchnorm_0", "layer.2.block.0.batchnorm_0", "batchnorm")
+        return TapPoints(
+            outputs_of("init_conv", "layer.0", "layer.1", "layer.2"), "logits",
+            outputs_of("init_conv", *norms), (None, *norms),
+        )  # fmt: skip
 
     def forward_features(self, images_NCHW: Tensor) -> Tensor:
         """Return the last feature map [N, num_features, ceil(H / 4), ceil(W / 4)] after SiLU."""

@@ -9,19 +9,35 @@ from typing import Any
 
 from torch import nn
 
+from dkl.models.cifar_resnet import CifarResNet
 from dkl.models.classifier import check_positive
 from dkl.models.convnet import convnet_small
+from dkl.models.mobilenet import MobileNetV1, mobilenet_v2_half
 from dkl.models.normalization import add_normalization
 from dkl.models.preact_resnet import preact_resnet10, preact_resnet18
-from dkl.models.resnet import resnet18_cifar
+from dkl.models.resnet import resnet18_cifar, resnet50_cifar
+from dkl.models.shufflenet import shufflenet_v1, shufflenet_v2
+from dkl.models.vgg import VGG
 from dkl.models.wide_resnet import WideResNet
 from dkl.models.wide_resnet_silu import WideResNetSiLU
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "convnet_small": convnet_small,
+    "mobilenet_v1": MobileNetV1,
+    "mobilenet_v2_half": mobilenet_v2_half,
     "preact_resnet10": preact_resnet10,
     "preact_resnet18": preact_resnet18,
+    **{
+        f"resnet{depth}": partial(CifarResNet, depth=depth, multiplier=1)
+        for depth in (8, 14, 20, 32, 44, 56, 110)
+    },
+    "resnet8x4": partial(CifarResNet, depth=8, multiplier=4),
+    "resnet32x4": partial(CifarResNet, depth=32, multiplier=4),
     "resnet18_cifar": resnet18_cifar,
+    "resnet50_cifar": resnet50_cifar,
+    "shufflenet_v1": shufflenet_v1,
+    "shufflenet_v2": shufflenet_v2,
+    **{f"vgg{depth}": partial(VGG, depth=depth) for depth in (8, 11, 13, 16, 19)},
 }
 # Any wrn_D_K and wrn_D_K_silu can be built; these are the ones of the literature's tables.
 _LISTED_WIDE_RESNETS = (
@@ -61,7 +77,10 @@ def create_model(
     """Build a classifier whose call ``model(images)`` returns logits [N, num_classes].
 
     Names of this package come first (``list_models()``, any ``wrn_D_K`` and ``wrn_D_K_silu``);
-    others, and all that begin with ``timm/``, go to timm when it is installed.
+    others, and all that begin with ``timm/``, go to timm when it is installed. So ``vgg11`` is the
+    network for small images and ``timm/vgg11`` that for ImageNet. The ResNets of ImageNet are
+    timm's: ``timm/resnet18``, ``timm/resnet34`` and ``timm/resnet50`` have names and shapes of
+    torchvision's weights, which ``load_checkpoint`` reads into them, and compute the same.
 
     Args:
         name: such as ``preact_resnet18``, ``wrn_34_10``, ``timm/resnet26`` or ``resnet26``.
