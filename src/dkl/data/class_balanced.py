@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dkl.data.mixing import _permutation, _random_bits
+from dkl.data.random_order import permutation, random_bits
 
 _Integers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -126,7 +126,7 @@ class ClassBalancedSource:
         before_C = self._counts(seed, 0, epoch)
         counts_C = self._counts(seed, epoch, epoch + 1)
         classes_S = np.repeat(np.arange(self.num_classes), counts_C)
-        classes_S = classes_S[_permutation(len(self), f"{seed}:classes:{epoch}")]
+        classes_S = classes_S[permutation(len(self), f"{seed}:classes:{epoch}")]
         drawn = [
             members[self._walk(f"{seed}:class:{index}", len(members), first, count)]
             for index, (members, first, count) in enumerate(
@@ -163,7 +163,7 @@ class ClassBalancedSource:
         """
         total = int(self._ends_C[-1])
         # The remainder prefers small numbers by less than W / 2**64.
-        starts = _random_bits(end, f"{seed}:start")[first:] % np.uint64(total)
+        starts = random_bits(end, f"{seed}:start")[first:] % np.uint64(total)
         last_E1 = (total - 1 - starts.astype(np.int64))[:, None]
         below_C = ((len(self) * self._ends_C + last_E1) // total).sum(0)
         counts_C: _Integers = np.diff(below_C, prepend=0)
@@ -173,7 +173,7 @@ class ClassBalancedSource:
     def _walk(key: str, size: int, first: int, count: int) -> _Integers:
         """Return draws first to first + count - 1 of a class, as positions in it."""
         passes = range(first // size, (first + count - 1) // size + 1)
-        drawn = np.concatenate([_permutation(size, f"{key}:{one}") for one in passes])
+        drawn = np.concatenate([permutation(size, f"{key}:{one}") for one in passes])
         skipped = first - passes[0] * size
         return drawn[skipped : skipped + count]
 

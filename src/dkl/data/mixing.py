@@ -3,7 +3,6 @@
 Legend: B batch, C channels, H height, W width; R real images, G generated ones.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -14,13 +13,7 @@ from torch import Tensor
 
 from dkl.data.generated import GeneratedImages
 from dkl.data.images import ImageData
-
-_Integers = np.ndarray[Any, np.dtype[np.int64]]
-_Bits = np.ndarray[Any, np.dtype[np.uint64]]
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
+from dkl.data.random_order import Integers, permutation, random_bits
 
 
 class MixedSource:
@@ -117,7 +110,7 @@ class MixedSource:
         order = np.empty(len(self), np.int64)
         num_real = int((~is_generated).sum())
         order[~is_generated] = self._real_draws(seed, epoch * num_real, num_real)
-        bits = _random_bits(len(self) - num_real, f"{seed}:generated:{epoch}")
+        bits = random_bits(len(self) - num_real, f"{seed}:generated:{epoch}")
         # The remainder prefers small numbers by less than G / 2**64.
         drawn = (bits % np.uint64(len(self.generated))).astype(np.int64)
         order[is_generated] = len(self.real) + drawn
@@ -197,30 +190,15 @@ class MixedSource:
         within = places - starts
         return np.asarray((within + 1) * counts // sizes > within * counts // sizes)
 
-    def _real_draws(self, seed: int, first: int, count: int) -> _Integers:
+    def _real_draws(self, seed: int, first: int, count: int) -> Integers:
         """Return draws first to first + count - 1 of the run."""
         num_real = len(self.real)
         if count == 0:
             return np.empty(0, np.int64)
         passes = range(first // num_real, (first + count - 1) // num_real + 1)
-        drawn = np.concatenate([_permutation(num_real, f"{seed}:real:{one}") for one in passes])
+        drawn = np.concatenate([permutation(num_real, f"{seed}:real:{one}") for one in passes])
         skipped = first - passes[0] * num_real
         return drawn[skipped : skipped + count]
-
-
-def _random_bits(count: int, key: str) -> _Bits:
-    """Return the first numbers of the SplitMix64 sequence whose start is the hash of the key."""
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    start = np.uint64(int.from_bytes(digest, "little"))
-    values: _Bits = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN + start
-    values = (values ^ (values >> np.uint64(30))) * _MULTIPLIER_1
-    values = (values ^ (values >> np.uint64(27))) * _MULTIPLIER_2
-    mixed: _Bits = values ^ (values >> np.uint64(31))
-    return mixed
-
-
-def _permutation(count: int, key: str) -> _Integers:
-    return np.argsort(_random_bits(count, key), kind="stable").astype(np.int64)
 
 
 def _check_numbers(fraction: float, samples_per_epoch: int, batch_size: int) -> None:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from dkl.losses.divergences import kl_loss
 from dkl.losses.reduction import num_counted, reduce_rows
-from dkl.losses.robust import _of_label
 from dkl.losses.rows import (
     NO_LABEL,
     check_logits,
     check_number,
     compute_dtype,
     counted_rows,
+    of_label,
     to_rows,
 )
 from dkl.losses.samples import check_reducing
@@ -99,7 +99,7 @@ def _label_and_others(logits_NC: Tensor, labels_N: Tensor) -> tuple[Tensor, Tens
     The others are picked, not pushed away by a large number: no logit is too large for that.
     """
     log_p_NC = F.log_softmax(logits_NC, 1)
-    label_N = _of_label(log_p_NC, labels_N)
+    label_N = of_label(log_p_NC, labels_N)
     column_R = torch.arange(logits_NC.shape[1] - 1, device=logits_NC.device)
     others_NR = log_p_NC.gather(1, column_R + (column_R >= labels_N[:, None]))
     return torch.stack([label_N, others_NR.logsumexp(1)], 1), others_NR

@@ -19,6 +19,7 @@ from dkl.losses.rows import (
     check_reduction,
     compute_dtype,
     counted_rows,
+    of_label,
     to_rows,
 )
 
@@ -216,18 +217,8 @@ def _checked(
     return labels_N, counted
 
 
-def _of_label(values_NC: Tensor, labels_N: Tensor) -> Tensor:
-    try:
-        return values_NC.gather(1, labels_N[:, None]).squeeze(1)
-    except (IndexError, RuntimeError) as error:
-        raise ValueError(
-            f"labels must be in [0, {values_NC.shape[1]}), or {NO_LABEL} where a row does not "
-            f"count, got {labels_N.min().item()} to {labels_N.max().item()}"
-        ) from error
-
-
 def _boosted_rows(log_q_NC: Tensor, labels_N: Tensor) -> Tensor:
-    right_N = _of_label(log_q_NC, labels_N)
+    right_N = of_label(log_q_NC, labels_N)
     wrong_NC = log_q_NC.detach().scatter(1, labels_N[:, None], -math.inf)
     best_wrong_N = log_q_NC.gather(1, wrong_NC.argmax(1, keepdim=True)).squeeze(1)
     # 1 - q without cancellation where q is next to one.
@@ -237,4 +228,4 @@ def _boosted_rows(log_q_NC: Tensor, labels_N: Tensor) -> Tensor:
 def _weighted_kl_rows(log_q_NC: Tensor, log_p_NC: Tensor, labels_N: Tensor) -> Tensor:
     log_floor = log_q_NC.new_tensor(math.log(_PROBABILITY_FLOOR))
     divergence_N = (log_p_NC.exp() * (log_p_NC - torch.logaddexp(log_q_NC, log_floor))).sum(-1)
-    return divergence_N * (_WEIGHT_ABOVE_ONE - torch.expm1(_of_label(log_p_NC, labels_N)))
+    return divergence_N * (_WEIGHT_ABOVE_ONE - torch.expm1(of_label(log_p_NC, labels_N)))

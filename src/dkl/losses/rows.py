@@ -105,3 +105,18 @@ def to_rows(
 def fill_uncounted(rows_NC: Tensor, counted: Tensor | None, fill: float) -> Tensor:
     """Fill rows that do not count, before any arithmetic sees what they hold, even NaN."""
     return rows_NC if counted is None else rows_NC.masked_fill(~counted[:, None], fill)
+
+
+def of_label(values_NC: Tensor, labels_N: Tensor) -> Tensor:
+    """Return each row's value at its label, [N].
+
+    Raises:
+        ValueError: a label that is no class.
+    """
+    try:
+        return values_NC.gather(1, labels_N[:, None]).squeeze(1)
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"labels must be in [0, {values_NC.shape[1]}), or {NO_LABEL} where a row does not "
+            f"count, got {labels_N.min().item()} to {labels_N.max().item()}"
+        ) from error
