@@ -35,7 +35,7 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 class Splits:
     """The data of a run; ``validation`` is held out of the training data, or None.
 
-    ``unused`` are the training images beyond ``data.train_limit``.
+    ``unused`` are the training images beyond ``data.train_limit``, where ``generated`` wants them.
     """
 
     train: ImageData
@@ -51,9 +51,11 @@ def build_data(settings: config.DataSettings, seed: int) -> Splits:
     if settings.validation_fraction > 0:
         train, validation = split_validation(train, settings.validation_fraction, seed)
     unused = None
-    if settings.train_limit is not None and settings.train_limit < len(train):
-        unused = train.subset(torch.arange(settings.train_limit, len(train)))
-    train, test = _first(train, settings.train_limit), _first(test, settings.test_limit)
+    limit, generated = settings.train_limit, settings.generated
+    # A copy, made only where it is used: evaluation reads the data too.
+    if generated is not None and generated.held_out and limit is not None and limit < len(train):
+        unused = train.subset(torch.arange(limit, len(train)))
+    train, test = _first(train, limit), _first(test, settings.test_limit)
     return Splits(train, validation, test, unused)
 
 
