@@ -77,6 +77,7 @@ class Trajectory:
         num_views: further views in ``extras["view_1"]``, ...
         awp: gamma of weight perturbation from epoch 1 on; 0: none.
         mixed_labels: give ``Batch.targets``.
+        learning_rate: of all steps.
     """
 
     make_method: Callable[[], nn.Module]
@@ -84,13 +85,14 @@ class Trajectory:
     num_views: int = 0
     awp: float = 0.0
     mixed_labels: bool = False
+    learning_rate: float = LEARNING_RATE
 
 
 def run(trajectory: Trajectory) -> dict[str, object]:
     """Train, and return what is stored."""
     method, model = trajectory.make_method().double(), trajectory.make_model().train()
     own = [p for p in method.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD([*model.parameters(), *own], lr=LEARNING_RATE)
+    optimizer = torch.optim.SGD([*model.parameters(), *own], lr=trajectory.learning_rate)
     perturbation = AdversarialWeightPerturbation(trajectory.awp, start_epoch=1)
     losses: list[float] = []
     for step in range(NUM_STEPS):

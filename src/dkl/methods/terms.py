@@ -1,17 +1,21 @@
 """Pieces that several methods share: exact normalisation over a step, and the frozen teacher."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dkl.attacks import BatchNormMode, attack_mode
 from dkl.losses import ClassStatistics, gkl_loss, ikl_loss
 from dkl.losses.formula import class_weights
 from dkl.losses.row_kernel import RowWeights
 from dkl.losses.rows import compute_dtype
 from dkl.methods.protocol import Batch, StepContext, StepOutput
+
+HardLoss = Literal["ce", "bce"]
+"""A loss against the labels; see ``hard_loss_of``."""
 
 
 def labels_of(batch: Batch) -> Tensor:
@@ -42,6 +46,31 @@ def hard_cross_entropy(
     counted_BC = logits_BC.masked_fill(~batch.mask[:, None], 0.0)
     values_B = label_cross_entropy(counted_BC, labels_of(batch), label_smoothing)
     return values_B.masked_fill(~batch.mask, 0.0).sum() / context.num_items
+
+
+def hard_loss_of(logits_BC: Tensor, batch: Batch, context: StepContext, kind: HardLoss) -> Tensor:
+    """Return the share of this micro-batch in the step's mean loss against the labels.
+
+    Args:
+        logits_BC: of the student.
+        batch: its labels or label distributions.
+        context: of the step.
+        kind: "ce", cross-entropy; "bce", binary cross-entropies of all classes, their mean, as in
+            timm's recipes (Wightman et al. 2021, "ResNet strikes back").
+    """
+    if kind == "ce":
+        return hard_cross_entropy(logits_BC, batch, context)
+    labels, dtype = labels_of(batch), compute_dtype(logits_BC)
+    if not labels.is_floating_point():
+        labels = F.one_hot(labels.clamp(min=0), logits_BC.shape[1])
+    counted_BC = logits_BC.to(dtype).masked_fill(~batch.mask[:, None], 0.0)
+    values_BC = F.binary_cross_entropy_with_logits(counted_BC, labels.to(dtype), reduction="none")
+    return values_BC.mean(1).masked_fill(~batch.mask, 0.0).sum() / context.num_items
+
+
+def warmup_factor(context: StepContext, num_epochs: int) -> float:
+    """Return min((epoch + 1) / num_epochs, 1), by which the teacher's terms grow; 1 without any."""
+    return min((context.epoch + 1) / max(num_epochs, 1), 1.0)
 
 
 def smoothing_in(context: StepContext, label_smoothing: float, smooth_direction: bool) -> float:
@@ -224,6 +253,20 @@ class FrozenTeacher(nn.Module):
         """Return the teacher's logits."""
         logits: Tensor = self.model(images)
         return logits
+
+    @torch.no_grad()
+    def read(
+        self, images: Tensor, read: Callable[[nn.Module, Tensor], Any], mode: BatchNormMode = "eval"
+    ) -> Any:
+        """Return what ``read(teacher, images)`` returns.
+
+        Args:
+            images: [B, C, H, W].
+            read: reads features of a network.
+            mode: "batch-stats" lets batch-norm layers normalise by the batch and remember nothing.
+        """
+        with attack_mode(self.model, mode):
+            return read(self.model, images)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenTeacher":
         # What .to(), .double() and .cuda() call.
