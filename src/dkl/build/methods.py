@@ -1,15 +1,19 @@
 """From the section ``method`` of a recipe to a training method and the networks it brings."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from torch import nn
 
 from dkl import config, methods
 from dkl.attacks import PGDSettings, ThreatModel
+from dkl.build.distillation import build_feature_distillation, build_logit_distillation
 from dkl.build.objects import build_model
 from dkl.data import ImageData
 from dkl.engine import schedules
 from dkl.methods.protocol import Method
+
+Needed = TypeVar("Needed")
 
 
 def build_second_model(
@@ -65,6 +69,9 @@ def build_method(
     teacher: nn.Module | None = None,
     second_model: nn.Module | None = None,
     num_views: int = 0,
+    student: nn.Module | None = None,
+    data: ImageData | None = None,
+    seed: int = 0,
 ) -> Method:
     """Build the training method.
 
@@ -75,26 +82,32 @@ def build_method(
         teacher: needed by the distillation methods.
         second_model: needed by LBGAT and LAS-AT; see ``build_second_model``.
         num_views: views of every image beside the basic one.
+        student: the network to be trained, which methods on features look at.
+        data: its training data, for the sizes of features and for labels.
+        seed: of the layers and memory that a method brings; torch's generator is left alone.
     """
     options = settings.model_dump(exclude={"kind", "attack", "teacher", "guide", "strategy"})
     if isinstance(settings, config.Natural):
         return methods.NaturalTraining(**options)
-    if isinstance(settings, config.KD | config.IKLKD | config.GKLKD):
-        if teacher is None:
-            raise ValueError(f"method {settings.kind} needs a teacher")
-        if isinstance(settings, config.KD):
-            return methods.kd(
-                teacher,
-                temperature=settings.temperature,
-                hard_weight=settings.ce_weight,
-                soft_weight=settings.kd_weight,
-            )
-        return methods.ikl_kd(teacher, num_classes, **options)
+    if isinstance(settings, config.LOGIT_METHODS):
+        return build_logit_distillation(
+            settings, _needed(teacher, settings.kind, "teacher"), num_classes
+        )
+    if isinstance(settings, config.FEATURE_METHODS):
+        return build_feature_distillation(
+            settings,
+            _needed(teacher, settings.kind, "teacher"),
+            _needed(student, settings.kind, "student"),
+            _needed(data, settings.kind, "data"),
+            seed,
+        )
     if isinstance(settings, config.LASAT):
-        return methods.las_at(_needed(second_model, settings.kind), **options)
+        return methods.las_at(_needed(second_model, settings.kind, "second_model"), **options)
     attack = build_attack(settings.attack, num_epochs)
     if isinstance(settings, config.LBGAT):
-        return methods.lbgat(attack, _needed(second_model, settings.kind), **options)
+        return methods.lbgat(
+            attack, _needed(second_model, settings.kind, "second_model"), **options
+        )
     if isinstance(settings, config.PGDAT):
         return methods.pgd_at(attack, **options)
     if isinstance(settings, config.TRADES):
@@ -106,7 +119,7 @@ def build_method(
     return methods.ikl_at(attack, num_classes, **options)
 
 
-def _needed(second_model: nn.Module | None, kind: str) -> nn.Module:
-    if second_model is None:
-        raise ValueError(f"method {kind} needs a second model; build_second_model makes it")
-    return second_model
+def _needed(value: Needed | None, kind: str, name: str) -> Needed:
+    if value is None:
+        raise ValueError(f"method {kind} needs {name}; give build_method {name}=")
+    return value

@@ -12,6 +12,23 @@ from dkl.config.adversarial import (
     AttackSettings,
 )
 from dkl.config.data import AugmentSettings, DataSettings, GeneratedSettings, ModelSettings
+from dkl.config.distillation import (
+    AT,
+    CRD,
+    DIST,
+    DKD,
+    FEATURE_METHODS,
+    GKLKD,
+    IKLKD,
+    JSDKD,
+    KD,
+    LOGIT_METHODS,
+    OFD,
+    RKD,
+    FitNet,
+    ReviewKD,
+    TeacherSettings,
+)
 from dkl.config.errors import RecipeError
 from dkl.config.evaluation import EvaluationSettings
 from dkl.config.loading import (
@@ -22,14 +39,7 @@ from dkl.config.loading import (
     resolved,
     to_yaml,
 )
-from dkl.config.method import (
-    GKLKD,
-    IKLKD,
-    KD,
-    MethodSettings,
-    Natural,
-    TeacherSettings,
-)
+from dkl.config.method import MethodSettings, Natural
 from dkl.config.recipe import Recipe
 from dkl.config.training import (
     SGD,
@@ -47,16 +57,25 @@ from dkl.config.training import (
 from dkl.config.tuning import Choices, Range, TuningSettings
 
 __all__ = [
+    "AT",
+    "CRD",
     "DAJAT",
+    "DIST",
+    "DKD",
+    "FEATURE_METHODS",
     "GKLAT",
     "GKLKD",
     "IKLAT",
     "IKLKD",
+    "JSDKD",
     "KD",
     "LASAT",
     "LBGAT",
+    "LOGIT_METHODS",
     "MART",
+    "OFD",
     "PGDAT",
+    "RKD",
     "SGD",
     "TRADES",
     "AdamW",
@@ -68,6 +87,7 @@ __all__ = [
     "Cosine",
     "DataSettings",
     "EvaluationSettings",
+    "FitNet",
     "GeneratedSettings",
     "MethodSettings",
     "ModelSettings",
@@ -77,6 +97,7 @@ __all__ = [
     "Range",
     "Recipe",
     "RecipeError",
+    "ReviewKD",
     "ScheduleSettings",
     "Step",
     "TeacherSettings",

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from dkl.config.base import Problem, Section
 from dkl.config.data import DataSettings, ModelSettings
+from dkl.config.distillation import FEATURE_METHODS
 from dkl.config.evaluation import EvaluationSettings
 from dkl.config.method import MethodSettings
 from dkl.config.training import (
@@ -184,10 +185,34 @@ def _dual_batch_norm(model: ModelSettings, method: MethodSettings) -> Iterator[P
         yield "model.dual_batch_norm", "must be true for method dajat"
 
 
+def _feature_methods(
+    data: DataSettings, training: TrainingSettings, method: MethodSettings
+) -> Iterator[Problem]:
+    if isinstance(method, FEATURE_METHODS) and training.compile:
+        yield (
+            "training.compile",
+            f"must be false for method {method.kind}: features are read by hooks, which compiled "
+            "networks do not call",
+        )
+    if method.kind == "crd" and data.generated is not None:
+        yield (
+            "data.generated",
+            "must be null for method crd, whose memory holds the images of the dataset alone",
+        )
+
+
 def _num_images(data: DataSettings, evaluation: EvaluationSettings) -> Iterator[Problem]:
     limit, wanted = data.test_limit, evaluation.num_images
     if limit is not None and wanted is not None and wanted > limit:
         yield "evaluation.num_images", f"must be at most data.test_limit ({limit})"
+
+
+def _fidelity(method: MethodSettings, evaluation: EvaluationSettings) -> Iterator[Problem]:
+    if evaluation.fidelity and getattr(method, "teacher", None) is None:
+        yield (
+            "evaluation.fidelity",
+            f"compares a student with its teacher, and method {method.kind} has none; set it false",
+        )
 
 
 _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Problem]]], ...] = (
@@ -201,5 +226,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Problem]]], ...] = 
     (("data", "method"), _views),
     (("data", "method"), _mixed_labels),
     (("model", "method"), _dual_batch_norm),
+    (("data", "training", "method"), _feature_methods),
     (("data", "evaluation"), _num_images),
+    (("method", "evaluation"), _fidelity),
 )

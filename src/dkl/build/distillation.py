@@ -1,0 +1,123 @@
+"""From the section ``method`` of a recipe to a method of distillation."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from dkl import config, methods
+from dkl.data import ImageData
+from dkl.methods.protocol import Method
+from dkl.models import feature_maps, tap_norms, tap_shapes
+
+LogitSettings = config.KD | config.JSDKD | config.DKD | config.DIST | config.IKLKD | config.GKLKD
+FeatureSettings = config.AT | config.FitNet | config.RKD | config.CRD | config.OFD | config.ReviewKD
+
+
+def build_logit_distillation(
+    settings: LogitSettings, teacher: nn.Module, num_classes: int
+) -> Method:
+    """Build a method that compares logits.
+
+    Args:
+        settings: of the method.
+        teacher: a trained network.
+        num_classes: C.
+    """
+    options = settings.model_dump(exclude={"kind", "teacher"})
+    if isinstance(settings, config.KD):
+        options["hard_weight"] = options.pop("ce_weight")
+        options["soft_weight"] = options.pop("kd_weight")
+        return methods.kd(teacher, **options)
+    if isinstance(settings, config.JSDKD):
+        return methods.jsd_kd(teacher, **options)
+    if isinstance(settings, config.DKD):
+        return methods.dkd(teacher, **options)
+    if isinstance(settings, config.DIST):
+        return methods.dist(teacher, **options)
+    return methods.ikl_kd(teacher, num_classes, **options)
+
+
+def build_feature_distillation(
+    settings: FeatureSettings, teacher: nn.Module, student: nn.Module, data: ImageData, seed: int
+) -> Method:
+    """Build a method that compares features, with the layers and memory that it brings.
+
+    Args:
+        settings: of the method.
+        teacher: a trained network.
+        student: the network to be trained.
+        data: its training data.
+        seed: of the method's own layers and memory; torch's generator is left alone.
+    """
+    options = settings.model_dump(exclude={"kind", "teacher", "student_taps", "teacher_taps"})
+    pair = feature_pair(
+        student,
+        teacher,
+        image_shape(data),
+        student_taps=settings.student_taps,
+        teacher_taps=settings.teacher_taps,
+    )
+    with torch.random.fork_rng(devices=[]):
+        # Not the generator of the student's weights, nor that of a second network.
+        torch.manual_seed(seed + 2)
+        if isinstance(settings, config.AT):
+            return methods.attention_transfer(teacher, pair, **options)
+        if isinstance(settings, config.FitNet):
+            return methods.fitnet(teacher, pair, **options)
+        if isinstance(settings, config.RKD):
+            return methods.rkd(teacher, pair, **options)
+        if isinstance(settings, config.CRD):
+            return methods.crd(teacher, pair, data.labels, **options)
+        if isinstance(settings, config.OFD):
+            norms = tap_norms(teacher, settings.teacher_taps)
+            return methods.ofd(teacher, pair, norms, **options)
+        return methods.reviewkd(teacher, pair, **options)
+
+
+def feature_pair(
+    student: nn.Module,
+    teacher: nn.Module,
+    image_shape: tuple[int, int, int],
+    *,
+    student_taps: Sequence[str] | None = None,
+    teacher_taps: Sequence[str] | None = None,
+) -> methods.FeaturePair:
+    """Say how the features of two networks are read, their sizes found by one dry run of each.
+
+    Args:
+        student: a classifier; see ``dkl.models.feature_maps`` for which ones say where to look.
+        teacher: likewise.
+        image_shape: (C, H, W) of the images.
+        student_taps: names of modules whose outputs are the student's maps, the stem's first; None
+            for what the network itself says.
+        teacher_taps: likewise of the teacher.
+
+    Returns:
+        What the methods on features take.
+
+    Raises:
+        ValueError: the places are not known or do not exist.
+
+    Example:
+        >>> from dkl.models import create_model
+        >>> student, teacher = create_model("resnet8", 10), create_model("resnet8x4", 10)
+        >>> pair = feature_pair(student, teacher, (3, 32, 32))
+        >>> pair.student.num_features, pair.teacher.num_features
+        (64, 256)
+    """
+    return methods.FeaturePair(
+        partial(feature_maps, points=student_taps),
+        partial(feature_maps, points=teacher_taps),
+        tap_shapes(student, image_shape, student_taps),
+        tap_shapes(teacher, image_shape, teacher_taps),
+    )
+
+
+def image_shape(data: ImageData) -> tuple[int, int, int]:
+    """Return (C, H, W) of the images that training sees."""
+    with torch.random.fork_rng(devices=[]):
+        images, _ = next(iter(data.batches([torch.tensor([0])], torch.device("cpu"))))
+    channels, height, width = images.shape[1:]
+    return channels, height, width
