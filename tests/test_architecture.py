@@ -25,6 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "methods": {"losses", "attacks"},
     "evaluation": {"attacks"},
     "engine": {"methods.protocol"},
+    "integrations": {"losses"},
     "build": {
         "attacks",
         "config",

@@ -401,6 +401,10 @@ def test_a_shipped_recipe_can_be_tried_for_one_epoch(name):
         overrides.append("schedule={kind: constant}")
     if full.schedule.kind == "one_cycle" and full.schedule.per_epoch:
         overrides.append("schedule.per_epoch=false")
+    if getattr(full.method, "warmup_epochs", 0) > 1:
+        overrides.append("method.warmup_epochs=1")
+    if full.schedule.kind != "step" and getattr(full.schedule, "warmup_epochs", 0) >= 1:
+        overrides.append("schedule.warmup_epochs=0.5")
     for section in ("weight_perturbation", "averaging"):
         if getattr(full, section) is not None and getattr(full, section).start_epoch >= 1:
             overrides.append(f"{section}.start_epoch=0")

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 EXTRAS = (
     "accelerate",
     "jinja2",
+    "lightning",
     "matplotlib",
     "optuna",
     "pyautoattack",
@@ -22,6 +23,7 @@ EXTRAS = (
     "tensorboard",
     "timm",
     "torchvision",
+    "transformers",
     "typer",
     "yaml",
 )

@@ -3,9 +3,11 @@
 Full-size networks are built on the meta device, without memory; those that take steps are shrunk.
 """
 
+import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,15 +24,17 @@ from dkl.build.objects import (
     build_schedule,
     build_views,
 )
+from dkl.build.runs import load_run_model
 from dkl.config import (
     DataSettings,
+    MethodSettings,
     ModelSettings,
     Recipe,
     list_recipes,
     load_recipe,
     recipe_text,
 )
-from dkl.data import ImageData, split_validation, write_npz
+from dkl.data import ImageData, load_data, split_validation, write_npz
 from dkl.engine import find_checkpoint
 
 SHAPES = {
@@ -40,6 +44,10 @@ SHAPES = {
     "cifar100": (3, 32, 32, 100),
 }
 NUM_TRAIN, BATCH = 24, 8
+CIFAR_FILES = {
+    "cifar10": ("batches.meta", "label_names", "labels"),
+    "cifar100": ("meta", "fine_label_names", "fine_labels"),
+}
 
 
 def tiny_images(name: str, num_images: int) -> ImageData:
@@ -51,14 +59,39 @@ def tiny_images(name: str, num_images: int) -> ImageData:
     return ImageData(images.to(torch.uint8), labels, num_classes, names)
 
 
+def write_cifar(folder: Path, name: str) -> None:
+    """Write a few images as the pickles that CIFAR is published as."""
+    meta, names_key, labels_key = CIFAR_FILES[name]
+    train, test = tiny_images(name, NUM_TRAIN), tiny_images(name, 6)
+    files = {"train": train, "test": test}
+    if name == "cifar10":
+        parts = torch.arange(NUM_TRAIN).tensor_split(5)
+        files = {f"data_batch_{n}": train.subset(part) for n, part in enumerate(parts, start=1)}
+        files["test_batch"] = test
+    folder.mkdir(parents=True)
+    for file, data in files.items():
+        content = {
+            "data": np.ascontiguousarray(data.images.flatten(1).numpy()),
+            labels_key: data.labels.tolist(),
+        }
+        (folder / file).write_bytes(pickle.dumps(content, protocol=2))
+    names = {names_key: list(train.class_names)}
+    (folder / meta).write_bytes(pickle.dumps(names, protocol=2))
+
+
 def tiny_data(settings: DataSettings, seed: int) -> Splits:
-    train = tiny_images(settings.name, NUM_TRAIN)
+    if settings.name in CIFAR_FILES:
+        # From the real format, by the real reader.
+        folder = Path(settings.folder or "") / settings.name
+        if not folder.exists():
+            write_cifar(folder, settings.name)
+        train, test = load_data(settings.name, folder=folder)
+    else:
+        train, test = tiny_images(settings.name, NUM_TRAIN), tiny_images(settings.name, 6)
     validation = None
     if settings.validation_fraction > 0:
         train, validation = split_validation(train, 1 / 3, seed)
-    return Splits(
-        train, validation, tiny_images(settings.name, 6), tiny_images(settings.name, NUM_TRAIN + 3)
-    )
+    return Splits(train, validation, test, tiny_images(settings.name, NUM_TRAIN + 3))
 
 
 def small_model(settings: ModelSettings) -> ModelSettings:
@@ -66,8 +99,12 @@ def small_model(settings: ModelSettings) -> ModelSettings:
     changes: dict[str, Any] = {}
     if settings.name.startswith("wrn_"):
         changes["name"] = "wrn_10_1_silu" if settings.name.endswith("_silu") else "wrn_10_1"
-    elif settings.name == "resnet18_cifar":
+    elif settings.name in ("resnet18_cifar", "resnet50_cifar"):
         changes["kwargs"] = {**settings.kwargs, "width": 4}
+    elif settings.name.startswith("vgg"):
+        changes |= {"name": "vgg8", "kwargs": {**settings.kwargs, "width": 4}}
+    elif settings.name.startswith("resnet"):
+        changes["name"] = "resnet8x4" if settings.name.endswith("x4") else "resnet8"
     return settings.model_copy(update=changes)
 
 
@@ -81,7 +118,30 @@ def small_method(method: Any) -> Any:
         changes |= {"update_every": 1, "lookahead_steps": 2, "steps_choices": (1, 2)}
     elif getattr(method, "attack", None) is not None and method.attack.num_steps is not None:
         changes["attack"] = method.attack.model_copy(update={"num_steps": 2})
+    if (model := teacher_model(method)) is not None:
+        changes["teacher"] = method.teacher.model_copy(update={"model": small_model(model)})
+    if method.kind == "crd":
+        changes["num_negatives"] = 16
+    if getattr(method, "warmup_epochs", 0) > 1:
+        changes["warmup_epochs"] = 1
     return method.model_copy(update=changes)
+
+
+def teacher_model(method: MethodSettings) -> ModelSettings | None:
+    """Return the network of a teacher that is a file of weights, None without one."""
+    teacher = getattr(method, "teacher", None)
+    return None if teacher is None else teacher.model
+
+
+def write_teacher(method: MethodSettings, data: ImageData, folder: Path) -> None:
+    """Write the weights of the teacher, if they are a file, as mdistiller publishes them."""
+    model = teacher_model(method)
+    if model is None:
+        return
+    file = folder / method.teacher.checkpoint
+    file.parent.mkdir(parents=True)
+    weights = build_model(model, data, 5).state_dict()
+    torch.save({"epoch": 240, "model": weights, "accuracy": 70.0, "optimizer": {}}, file)
 
 
 def shorten(recipe: Recipe, num_steps: int = 2) -> Recipe:
@@ -100,6 +160,8 @@ def shorten(recipe: Recipe, num_steps: int = 2) -> Recipe:
         changes["schedule"] = recipe.schedule.model_copy(update={"milestones": milestones})
     elif recipe.schedule.kind == "one_cycle":
         changes["schedule"] = recipe.schedule.model_copy(update={"per_epoch": False})
+    elif recipe.schedule.warmup_epochs >= 1:
+        changes["schedule"] = recipe.schedule.model_copy(update={"warmup_epochs": 0.5})
     if recipe.data.generated is not None:
         pool = {"samples_per_epoch": NUM_TRAIN - NUM_TRAIN // 3}
         generated = recipe.data.generated.model_copy(update=pool)
@@ -118,7 +180,7 @@ def shorten(recipe: Recipe, num_steps: int = 2) -> Recipe:
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     load = load_recipe
-    for module in ("training", "evaluating"):
+    for module in ("training", "evaluating", "teachers"):
         monkeypatch.setattr(f"dkl.build.{module}.build_data", tiny_data)
     # The recipe of a teacher is found by name, inside the training command.
     monkeypatch.setattr(
@@ -144,17 +206,21 @@ def test_recipe_states_its_claim(name: str) -> None:
 def test_recipe_builds_at_full_size(name: str) -> None:
     recipe = load_recipe(name)
     data = tiny_images(recipe.data.name, NUM_TRAIN)
+    taught_by = teacher_model(recipe.method)
     with torch.device("meta"):
         model = build_model(recipe.model, data, recipe.seed)
         second = build_second_model(recipe.method, data, recipe.seed)
+        teacher = model if taught_by is None else build_model(taught_by, data, recipe.seed)
     assert all(parameter.is_meta for parameter in model.parameters())
     method = build_method(
         recipe.method,
         data.num_classes,
         recipe.training.epochs,
-        model,
+        teacher,
         second,
         num_views=len(recipe.data.views),
+        student=model,
+        data=data,
     )
     needs_second = recipe.method.kind in ("lbgat", "las_at")
     assert (second is not None) == needs_second
@@ -219,6 +285,7 @@ def test_recipe_takes_two_steps_and_is_measured(
             write_npz(tiny_images(recipe.data.name, 10), tmp_path / part)
     run = tmp_path / "run"
     data = tiny_data(recipe.data, recipe.seed)
+    write_teacher(recipe.method, data.train, tmp_path)
     before = build_model(recipe.model, data.train, recipe.seed)
     again = build_model(recipe.model, data.train, recipe.seed)
     assert all(map(torch.equal, before.state_dict().values(), again.state_dict().values()))
@@ -226,7 +293,7 @@ def test_recipe_takes_two_steps_and_is_measured(
     assert not outcome.stopped_early
     steps = -(-len(data.train) // BATCH)
     assert find_checkpoint(run).name.startswith(f"step_{steps:08d}")
-    after, _ = training.load_run_model(run, recipe, data.train, "last")
+    after, _ = load_run_model(run, recipe, data.train, "last")
     for (key, first), second in zip(before.named_parameters(), after.parameters(), strict=True):
         assert not torch.equal(first, second), key
     which = "last" if recipe.training.best_metric is None else "best"
@@ -237,5 +304,6 @@ def test_recipe_takes_two_steps_and_is_measured(
     assert ("cw_2_accuracy" in metrics) == bool(recipe.evaluation.cw_steps)
     assert ("epsilon_sweep_accuracy" in metrics) == bool(recipe.evaluation.sweep)
     teacher = getattr(recipe.method, "teacher", None)
-    assert (run / "teacher" / "recipe.yaml").exists() == (teacher is not None)
+    trained_first = teacher is not None and teacher.recipe is not None
+    assert (run / "teacher" / "recipe.yaml").exists() == trained_first
     assert (run / "class_table.json").exists() == getattr(recipe.method, "class_weights", False)

@@ -269,3 +269,66 @@ def write_suite(tmp_path: Path) -> WriteSuite:
         return runs
 
     return write
+
+
+def distillation_rows(
+    noise: random.Random, row: Callable[..., ResultRow], clean: float, *, has_teacher: bool
+) -> list[ResultRow]:
+    """Return what an evaluation of a run on long-tailed data writes, calibration included."""
+    rows = [row("clean_accuracy", clean + noise.gauss(0, 0.003), num_samples=10000)]
+    for index, name in enumerate(DIGITS):
+        value = clean + 0.1 * math.sin(2.1 * index) + noise.gauss(0, 0.012)
+        rows.append(row("class_accuracy", value, class_index=index, details={"class_name": name}))
+    for name, shift, count in (("many", 0.06, 4), ("medium", 0.0, 3), ("few", -0.2, 3)):
+        details = {"num_classes": count}
+        rows.append(row(f"{name}_accuracy", clean + shift + noise.gauss(0, 0.01), details=details))
+    count = [0, 0, *(10 + 5 * place for place in range(13))]
+    confidence = [(place + 0.5) / 15 if count[place] else 0.0 for place in range(15)]
+    accuracy = [max(0.0, one - 0.05 + noise.gauss(0, 0.01)) for one in confidence]
+    bins = {"confidence": confidence, "accuracy": accuracy, "count": count}
+    rows.append(row("reliability", 0.05, details=bins))
+    rows.append(row("expected_calibration_error", 0.05 + noise.uniform(0, 0.01)))
+    rows.append(row("negative_log_likelihood", 1.2 + noise.uniform(0, 0.1)))
+    if has_teacher:
+        rows.append(row("teacher_agreement", 0.9 + noise.gauss(0, 0.01)))
+        rows.append(row("teacher_kl", 0.2 + noise.uniform(0, 0.02)))
+    return rows
+
+
+# Rows of the tables on distillation -> clean accuracy, kind of the method.
+DISTILLATION = {
+    "teacher": (0.93, "natural"),
+    "student": (0.86, "natural"),
+    "kd": (0.87, "kd"),
+    "ikl_kd": (0.882, "ikl_kd"),
+}
+
+
+@pytest.fixture
+def write_distillation(tmp_path: Path) -> WriteSuite:
+    """Return a function that writes runs of distillation: key -> runs, one per seed."""
+
+    def write(
+        *keys: str, seeds: tuple[int, ...] = (0, 1, 2), **changes: object
+    ) -> dict[str, list[Run]]:
+        runs: dict[str, list[Run]] = {}
+        for key in keys or DISTILLATION:
+            clean, kind = DISTILLATION[key]
+            method = {"kind": kind}
+            if kind != "natural":
+                method["teacher"] = {"recipe": "a_teacher", "run": "elsewhere"}
+            for seed in seeds:
+                noise = random.Random(f"{key} {seed}")
+                recipe = recipe_of(f"fashion_mnist_{key}_small", seed)
+                recipe |= {"data": SMALL["data"], "training": SMALL["training"], "method": method}
+                recipe |= changes
+                path = tmp_path / f"distillation-{key}-{seed}"
+                path.mkdir()
+                (path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+                row = row_maker(noise, recipe)
+                rows = distillation_rows(noise, row, clean, has_teacher=kind != "natural")
+                append_results(path / "results.jsonl", rows)
+                runs.setdefault(key, []).append(read_run(path))
+        return runs
+
+    return write

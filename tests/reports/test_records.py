@@ -43,6 +43,37 @@ def test_accuracies_are_fractions(value):
         row(value)
 
 
+@pytest.mark.parametrize(
+    ("metric", "good", "bad"),
+    [
+        ("negative_log_likelihood", (0, 3.5), (-0.1, float("inf"))),
+        ("teacher_kl", (0, 12.0), (-0.1, float("nan"))),
+        ("seconds_per_iteration", (0.197,), (-1,)),
+        ("extra_parameters", (0, 1_808_774), (-1,)),
+        ("expected_calibration_error", (0, 1), (3.1, -0.1)),
+        ("teacher_agreement", (0, 1), (91.2, -0.1)),
+        ("reliability", (-0.2, 0.2), (1.1,)),
+        ("few_accuracy", (0, 1), (-0.1, 30.2)),
+    ],
+)
+def test_other_metrics_have_ranges_of_their_own(metric, good, bad):
+    for value in good:
+        assert row(value, metric=metric).value == value
+    for value in bad:
+        with pytest.raises(ValueError, match=f"{metric} needs a f"):
+            row(value, metric=metric)
+
+
+def test_costs_of_methods_stand_side_by_side(write_run):
+    path = write_run("digits_kd", rows=False)
+    costs = [
+        row(value, metric="seconds_per_iteration", details={"measure": "cost", "method": method})
+        for method, value in (("kd", 0.1), ("dkd", 0.2), ("kd", 0.3))
+    ]
+    append_results(path / "results.jsonl", costs)
+    assert [one.value for one in read_run(path).results] == [0.2, 0.3]
+
+
 def test_foreign_rows_are_refused():
     with pytest.raises(ValueError, match="'speed'"):
         ResultRow.from_json(row().to_json().replace('"seconds"', '"speed"'))

@@ -5,7 +5,9 @@ from io import StringIO
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from dkl.cli import app
 from dkl.reports import compare, read_run
 from dkl.reports.groups import group_runs
 
@@ -100,18 +102,78 @@ def test_a_seed_given_twice_counts_once(write_run):
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"data__name": "fashion_mnist"}, "data"),
+        ({"data__name": "fashion_mnist"}, "dataset"),
+        ({"data__train_limit": 500}, "training images"),
+        ({"data__long_tailed": {"imbalance": 50}}, "training images"),
         ({"train__epochs": 20}, "epochs"),
         ({"model__name": "preact_resnet10"}, "model"),
     ],
 )
-def test_groups_that_cannot_be_compared_are_named(runs, write_run, changes, word):
-    assert not any("differ in" in note for note in compare(runs).notes)
+def test_rows_that_are_not_like_for_like_are_named_above(runs, write_run, changes, word):
+    table = compare(runs)
+    assert (table.warnings, table.differences) == ((), ())
+    assert "arning" not in table.to_text() + table.to_markdown()
     other = read_run(write_run("digits_kd", 0, **changes))
-    notes = [note for note in compare([*runs, other]).notes if "differ in" in note]
+    table = compare([*runs, other])
+    (difference,) = table.differences
+    assert difference.aspect == word
+    value = next(iter(changes.values()))
+    assert str(50 if isinstance(value, dict) else value) in difference.values["digits_kd"]
+    assert [*difference.values] == [row.label for row in table.rows]
+    first = table.to_text().splitlines()[0]
+    assert first.startswith(f"warning: The rows differ in {word}: ")
+    assert difference.values["digits_kd"] + " (digits_kd)" in first
+    stream = StringIO()
+    Console(file=stream, width=300).print(table.to_rich())
+    assert table.warnings[0] in table.to_markdown().splitlines()[0]
+    assert table.warnings[0] in " ".join(stream.getvalue().split())
+    assert json.loads(table.to_json())["differences"] == [
+        {"aspect": word, "values": dict(difference.values)}
+    ]
+    assert not any(f"differ in {word}" in note for note in table.notes)
+
+
+def test_the_command_refuses_other_data_and_warns_of_other_models(write_run):
+    one, other = write_run("digits_trades"), write_run("digits_kd", data__name="fashion_mnist")
+    wide = write_run("digits_natural", model__name="preact_resnet10")
+    command = CliRunner().invoke
+    refused = command(app, ["compare", str(one), str(other)])
+    assert refused.exit_code == 2
+    assert "--anyway" in refused.output
+    assert "differ in dataset" in " ".join(refused.output.replace("\u2502", " ").split())
+    assert "clean" not in refused.output
+    assert command(app, ["compare", str(one), str(other), "--json"]).exit_code == 2
+    allowed = command(app, ["compare", str(one), str(other), "--anyway", "--json"])
+    assert [one["aspect"] for one in json.loads(allowed.stdout)["differences"]] == ["dataset"]
+    warned = command(app, ["compare", str(one), str(wide)])
+    assert warned.exit_code == 0
+    assert warned.stdout.index("differ in model") < warned.stdout.index("AutoAttack")
+
+
+def test_other_teachers_are_named(write_run):
+    def of(folder, **teacher):
+        method = {"kind": "kd", "teacher": {"recipe": "wide", "run": None, **teacher}}
+        return read_run(write_run("digits_kd", folder=folder, method=method))
+
+    plain = read_run(write_run("digits_natural"))
+    first, moved, other = of("a"), of("b", run="elsewhere"), of("c", recipe="deep")
+    assert not any("teacher" in note for note in compare([plain, first, moved]).notes)
+    notes = [note for note in compare([plain, first, other]).notes if "differ in teacher" in note]
     assert len(notes) == 1
-    assert f"differ in {word}" in notes[0]
-    assert str(next(iter(changes.values()))) in notes[0]
+    assert "wide" in notes[0]
+    assert "deep" in notes[0]
+    assert "digits_natural" not in notes[0]
+
+
+def test_data_of_one_name_are_told_apart_by_their_classes(write_run):
+    first, second = (read_run(write_run(name)) for name in ("digits_trades", "digits_natural"))
+    assert compare([first, second]).differences == ()
+    second = dataclasses.replace(second, class_names=("cat", "dog"))
+    (difference,) = compare([first, second]).differences
+    assert difference.aspect == "dataset"
+    assert difference.values["digits_natural"] == "digits with 2 classes cat, dog"
+    unknown = dataclasses.replace(second, class_names=())
+    assert compare([first, unknown]).differences == ()
 
 
 def test_where_data_lie_makes_no_difference(runs, write_run):
@@ -121,9 +183,38 @@ def test_where_data_lie_makes_no_difference(runs, write_run):
 
 def test_different_numbers_of_images_are_named(runs):
     fewer = [replace_rows(run, num_samples=100) for run in runs[:3]]
-    notes = " ".join(compare([*fewer, *runs[3:]]).notes)
-    assert "AutoAttack: runs were measured on different numbers of images (100 and 200)" in notes
-    assert "different numbers" not in " ".join(compare(runs).notes)
+    (difference,) = compare([*fewer, *runs[3:]]).differences
+    assert difference.aspect == "test images"
+    assert "AutoAttack 100" in difference.values["digits_natural"]
+    assert "AutoAttack 200" in difference.values["digits_ikl_at"]
+    assert "test images" not in " ".join(compare(runs).warnings)
+    (difference,) = compare([fewer[0], *runs[1:3]]).differences  # seeds of one recipe
+    assert "AutoAttack 100 and 200" in difference.sentence
+
+
+def test_predictions_have_columns_of_their_own_units(runs):
+    values = {
+        "expected_calibration_error": 0.031,
+        "negative_log_likelihood": 1.25,
+        "teacher_agreement": 0.9,
+        "teacher_kl": 0.125,
+    }
+    first = runs[0].results[0]
+    rows = [dataclasses.replace(first, metric=name, value=value) for name, value in values.items()]
+    table = compare([dataclasses.replace(runs[0], results=(first, *rows))])
+    assert table.header[2:6] == ["ECE (%)", "NLL (nats)", "agreement (%)", "KL to teacher (nats)"]
+    shown = [cell.removesuffix(" (n=1)") for cell in table.lines()[0][2:6]]
+    assert shown == ["3.1", "1.250", "90.0", "0.125"]
+    units = [one["unit"] for one in json.loads(table.to_json())["rows"][0]["metrics"]]
+    assert units == ["percent", "percent", "nats", "percent", "nats"]
+
+
+def test_groups_of_classes_stand_beside_the_clean_accuracy(runs):
+    first = runs[0].results[0]
+    names = ("few_accuracy", "clean_accuracy", "many_accuracy", "medium_accuracy")
+    rows = tuple(dataclasses.replace(first, metric=name) for name in names)
+    titles = [one.title for one in compare([dataclasses.replace(runs[0], results=rows)]).columns]
+    assert titles == ["clean", "many", "medium", "few"]
 
 
 def test_the_best_checkpoint_comes_first_and_others_are_named(runs):

@@ -13,6 +13,7 @@ from dkl.build.checks import check_classes, measurable
 from dkl.build.measuring import Ledger, Progress, Subject, measure
 from dkl.build.measuring_attacks import accuracy_units
 from dkl.build.measuring_checks import Surrogate, check_units
+from dkl.build.measuring_predictions import MeasuredTeacher, prediction_units
 from dkl.build.objects import Splits, build_data, build_model
 from dkl.build.runs import (
     RECIPE_FILE,
@@ -23,6 +24,7 @@ from dkl.build.runs import (
     read_recipe,
     write_text,
 )
+from dkl.build.teachers import load_teacher
 from dkl.engine.settings import LoopSettings
 from dkl.engine.setup import make_accelerator
 from dkl.evaluation import Processes
@@ -31,7 +33,13 @@ from dkl.reports import ResultRow, provenance
 from dkl.reports.origin import settings_hash
 
 # Other keys of the data decide the training images, whose mean the model normalises with.
-_CHANGEABLE = ("evaluation.", "data.folder=", "data.download=", "data.test_limit=")
+_CHANGEABLE = (
+    "evaluation.",
+    "data.folder=",
+    "data.download=",
+    "data.test_limit=",
+    "method.teacher.run=",
+)
 # Training validates under the same norm as the evaluation, which need not bind a finished model.
 _NO_VALIDATION = ("training.best_metric=null", "evaluation.validation_attack_steps=0")
 RESULTS_FILE = "results.jsonl"
@@ -54,8 +62,8 @@ def evaluate_run(
 
     Args:
         path: a run folder, or one of its checkpoints.
-        recipe_overrides: ``evaluation.key=value``, and ``data.folder``, ``data.download`` and
-            ``data.test_limit``, laid over the run's own recipe.
+        recipe_overrides: ``evaluation.key=value``, and ``data.folder``, ``data.download``,
+            ``data.test_limit`` and ``method.teacher.run``, laid over the run's own recipe.
         which: "best" (chosen on the validation split) or "last".
         progress: told what is being measured.
         transfer_from: another run of the same data, or one of its checkpoints, on whose model
@@ -75,7 +83,7 @@ def evaluate_run(
     if settled := [text for text in overrides if not text.startswith(_CHANGEABLE)]:
         raise ValueError(
             f"training has settled {', '.join(settled)}; what may be changed for an evaluation is "
-            "evaluation.KEY, data.folder, data.download and data.test_limit"
+            "evaluation.KEY, data.folder, data.download, data.test_limit and method.teacher.run"
         )
     changed = _changed(recipe, overrides)
     processes, device = _processes_and_device(distributed)
@@ -195,7 +203,11 @@ def _measure(
     if transfer_from is not None:
         surrogate = _surrogate(transfer_from, recipe, device)
     # Made before the first measurement, so that what is missing is found before the work begins.
-    units = [*accuracy_units(subject), *check_units(subject, surrogate)]
+    units = [
+        *accuracy_units(subject),
+        *prediction_units(subject, _teacher(measured, splits, device)),
+        *check_units(subject, surrogate),
+    ]
     identity: Mapping[str, Any] = {
         "run_name": recipe.name,
         "seed": recipe.seed,
@@ -217,9 +229,23 @@ def _processes_and_device(distributed: bool) -> tuple[Processes, torch.device]:
 
 def _placed(model: nn.Module, recipe: config.Recipe, device: torch.device) -> nn.Module:
     """Return a model on its device, in the memory format of its training, ready for attacks."""
-    if recipe.training.channels_last:
+    return _on_device(model, device, channels_last=recipe.training.channels_last)
+
+
+def _on_device(model: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:
+    if channels_last:
         model.to(memory_format=torch.channels_last)
     return measurable(model.to(device).eval())
+
+
+def _teacher(measured: _Measured, splits: Splits, device: torch.device) -> MeasuredTeacher | None:
+    """Load the teacher of a run where its student is to be compared with it."""
+    if not measured.recipe.evaluation.fidelity:
+        return None
+    found = load_teacher(measured.recipe, measured.folder, splits.train)
+    check_classes(found.model, splits.test)
+    model = _on_device(found.model, device, channels_last=found.channels_last)
+    return MeasuredTeacher(model, found.source, found.weights_hash)
 
 
 def _surrogate(path: Path, recipe: config.Recipe, device: torch.device) -> Surrogate:

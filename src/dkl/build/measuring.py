@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dkl import config
+from dkl import config, evaluation
 from dkl.data import ImageData
 from dkl.engine.recorder import read_rows
 from dkl.evaluation import AttackProgress, Processes
@@ -113,6 +113,19 @@ class Subject:
     def split_hash(self) -> str:
         """Hash of the whole test split."""
         return hash_tensors(self.data.images, self.data.labels)
+
+    @cached_property
+    def clean_logits(self) -> Tensor:
+        """Logits of the whole test split, on the CPU; all processes ask for them alike."""
+        return self.logits_of(self.model)
+
+    def logits_of(self, model: nn.Module) -> Tensor:
+        """Return another model's logits of the whole test split, on the CPU."""
+        images = self.data.images.to(self.device)
+        logits_NC = evaluation.predict_logits(
+            model, images, batch_size=self.settings.batch_size, distributed=self.distributed
+        )
+        return logits_NC.cpu()
 
     def key(self, unit: Unit) -> str:
         """Return the hash of what decides a measurement's numbers."""

@@ -35,14 +35,7 @@ def accuracy_units(subject: Subject) -> Iterator[Unit]:
 def _clean(subject: Subject, _state: Path) -> list[Row]:
     """Return clean accuracy, margins and accuracies of classes, on the whole test split."""
     started = time.perf_counter()
-    data = subject.data
-    images, labels = data.images.to(subject.device), data.labels.to(subject.device)
-    logits = evaluation.predict_logits(
-        subject.model,
-        images,
-        batch_size=subject.settings.batch_size,
-        distributed=subject.distributed,
-    )
+    data, logits, labels = subject.data, subject.clean_logits, subject.data.labels
     check_clean_logits(logits, labels)
     rows: list[Row] = [
         {

@@ -19,6 +19,7 @@ from dkl.data import (
     cutmix,
     load_data,
     make_augment,
+    mixup_or_cutmix,
     split_validation,
     write_npz,
 )
@@ -29,6 +30,8 @@ from dkl.models import create_model, load_checkpoint
 from dkl.models.dual_batch_norm import add_dual_batch_norm
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+_MIXING = {"cutmix", "mixup", "mixup_alpha"}
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def build_source(
 
 def build_augment(settings: config.AugmentSettings | None) -> Augment | None:
     """Return the batch augmentation, or None."""
-    return None if settings is None else make_augment(**settings.model_dump(exclude={"cutmix"}))
+    return None if settings is None else make_augment(**settings.model_dump(exclude=_MIXING))
 
 
 def build_views(settings: config.DataSettings) -> list[Augment]:
@@ -116,9 +119,16 @@ def build_views(settings: config.DataSettings) -> list[Augment]:
 
 def build_mix(settings: config.AugmentSettings | None) -> Mix | None:
     """Return what mixes two images and says whose share is how large, or None."""
-    if settings is None or settings.cutmix == 0:
+    if settings is None or settings.cutmix == settings.mixup == 0:
         return None
-    return partial(cutmix, probability=settings.cutmix)
+    if settings.mixup == 0:
+        return partial(cutmix, probability=settings.cutmix)
+    return partial(
+        mixup_or_cutmix,
+        mixup_probability=settings.mixup,
+        cutmix_probability=settings.cutmix,
+        alpha=settings.mixup_alpha,
+    )
 
 
 def build_model(
@@ -153,11 +163,24 @@ def load_teacher_checkpoint(settings: config.TeacherSettings, data: ImageData) -
 def build_optimizer(settings: config.OptimizerSettings) -> MakeOptimizer:
     """Return what makes the optimiser from parameters."""
     options: dict[str, Any] = settings.model_dump(exclude={"kind"})
+    if isinstance(settings, config.Lamb):
+        return partial(_lamb(), **options)
     kinds: dict[str, type[torch.optim.Optimizer]] = {
         "sgd": torch.optim.SGD,
         "adamw": torch.optim.AdamW,
     }
-    return lambda parameters: kinds[settings.kind](parameters, **options)
+    return partial(kinds[settings.kind], **options)
+
+
+def _lamb() -> MakeOptimizer:
+    try:
+        from timm.optim.lamb import Lamb
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "optimizer.kind lamb is timm's, and timm is missing: pip install 'dkl[timm]'"
+        ) from error
+    make: MakeOptimizer = Lamb
+    return make
 
 
 def build_schedule(settings: config.ScheduleSettings, num_epochs: int) -> schedules.Schedule:
@@ -175,7 +198,12 @@ def build_schedule(settings: config.ScheduleSettings, num_epochs: int) -> schedu
     if isinstance(settings, config.Cosine):
         # Per epoch as published: (1 + cos(pi e / (E + 1))) / 2 for e = 1..E.
         shift = 1.0 if settings.per_epoch and not settings.from_full else 0.0
-        schedule = schedules.cosine(num_epochs + shift, offset=shift)
+        length = num_epochs - (settings.warmup_epochs if settings.after_warmup else 0.0)
+        schedule = schedules.cosine(length + shift, offset=shift)
+        if settings.after_warmup:
+            unit = 1.0 if settings.per_epoch else 0.0
+            schedule = schedules.after_warmup(schedule, settings.warmup_epochs, unit=unit)
+            return schedules.per_epoch(schedule) if settings.per_epoch else schedule
     elif isinstance(settings, config.Step):
         schedule = schedules.step_decay(settings.milestones, settings.factor)
         if settings.first_epoch_factor != 1:

@@ -30,9 +30,9 @@ from dkl.build.objects import (
     build_schedule,
     build_source,
     build_views,
-    load_teacher_checkpoint,
 )
-from dkl.build.runs import RECIPE_FILE, load_run_model, read_recipe, write_text
+from dkl.build.runs import RECIPE_FILE, write_text
+from dkl.build.teachers import TEACHER_FOLDER, load_teacher, teacher_settings
 from dkl.data import Augment, DatasetSource, ImageData
 from dkl.engine import FitResult, LoopSettings, fit, schedules
 from dkl.engine.averaging import AverageSettings
@@ -90,6 +90,9 @@ def train_recipe(recipe: config.Recipe, out: Path, *, resume: bool = False) -> T
         teacher,
         build_second_model(recipe.method, splits.train, recipe.seed),
         num_views=len(recipe.data.views),
+        student=model,
+        data=splits.train,
+        seed=recipe.seed,
     )
     result = fit(
         method,
@@ -135,30 +138,16 @@ def _refuse_other_run(out: Path, resume: bool) -> None:
 
 def _build_teacher(recipe: config.Recipe, out: Path, data: ImageData) -> nn.Module | None:
     """Load the teacher that the method names, trained first where it is named by recipe."""
-    settings: config.TeacherSettings | None = getattr(recipe.method, "teacher", None)
+    settings = teacher_settings(recipe)
     if settings is None:
         return None
-    if settings.checkpoint is not None:
-        return load_teacher_checkpoint(settings, data)
-    if settings.run is not None:
-        run = Path(settings.run)
-    else:
-        run = out / "teacher"
+    if settings.checkpoint is None and settings.run is None:
+        run = out / TEACHER_FOLDER
         teaching = config.load_recipe(str(settings.recipe), [f"seed={recipe.seed}"])
         logger.info("training the teacher %s into %s", teaching.name, run)
         if train_recipe(teaching, run, resume=has_checkpoint(run)).stopped_early:
             raise _TeacherStoppedError
-    run, teaching = read_recipe(run)
-    if teaching.data.name != recipe.data.name:
-        raise ValueError(
-            f"the teacher of {run} was trained on {teaching.data.name}, the student's data is "
-            f"{recipe.data.name}: choose a teacher of the same data"
-        )
-    which = "last" if teaching.training.best_metric is None else "best"
-    # Its own training images, whose mean and deviation its weights were trained with.
-    places = {"folder": recipe.data.folder, "download": recipe.data.download}
-    own = build_data(teaching.data.model_copy(update=places), teaching.seed)
-    return load_run_model(run, teaching, own.train, which)[0]
+    return load_teacher(recipe, out, data).model
 
 
 def _loop_settings(recipe: config.Recipe) -> LoopSettings:

@@ -25,8 +25,14 @@ from dkl.cli.output import (
 if TYPE_CHECKING:
     from dkl.reports import ResultRow
 
-_OF_A_RUN = ("evaluation.", "data.")
-_OF_WEIGHTS = (*_OF_A_RUN, "model.")
+_OF_A_RUN = ("evaluation.", "data.", "method.teacher.run")
+_OF_WEIGHTS = ("evaluation.", "data.", "model.", "method.teacher.")
+_PREDICTIONS = {
+    "expected_calibration_error": "expected calibration error {:.2%}",
+    "negative_log_likelihood": "negative log-likelihood {:.4f} nats",
+    "teacher_agreement": "agreement with the teacher {:.2%}",
+    "teacher_kl": "mean KL divergence from the teacher {:.4f} nats",
+}
 
 
 def evaluate(
@@ -117,7 +123,9 @@ def _check_weights(path: Path, overrides: Sequence[str], checkpoint: str | None)
         message = f"{path} is one checkpoint; leave out --checkpoint"
         raise typer.BadParameter(message, param_hint="--checkpoint")
     _refuse_others(
-        overrides, _OF_WEIGHTS, "{} would be ignored; change evaluation.KEY, data.KEY or model.KEY"
+        overrides,
+        _OF_WEIGHTS,
+        "{} would be ignored; change evaluation.KEY, data.KEY, model.KEY or method.teacher.KEY",
     )
 
 
@@ -160,9 +168,11 @@ def _measure_weights(
 
 
 def _print_results(rows: "Sequence[ResultRow]") -> None:
-    """Print accuracies as a table; features and checks, which are none, as lines."""
+    """Print accuracies as a table; calibration, features and checks, which are none, as lines."""
     print_table(results_table([row for row in rows if row.metric.endswith("_accuracy")]))
     for row in rows:
+        if row.metric in _PREDICTIONS:
+            typer.echo(_PREDICTIONS[row.metric].format(row.value))
         if row.metric == "feature_compactness":
             measure = str(row.details["measure"]).replace("_", " ")
             typer.echo(f"features of {row.details['images']} images: {measure} {row.value:.3f}")

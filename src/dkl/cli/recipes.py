@@ -14,20 +14,53 @@ from dkl.cli.training import AsJson
 RecipeName = Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.")]
 
 
-def list_recipes(as_json: AsJson = False) -> None:
-    """List the shipped recipes."""
+def list_recipes(
+    pattern: Annotated[
+        str | None,
+        typer.Argument(metavar="[PATTERN]", help='Part of the names; "*" stands for any text.'),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the shipped recipes; without a pattern, those of one table in one line."""
     from dkl import config
 
-    recipes = [config.load_recipe(name) for name in config.list_recipes()]
+    try:
+        found = config.describe_recipes(pattern or "*")
+    except config.RecipeError as error:
+        raise typer.BadParameter(error.problems[0][1], param_hint="PATTERN") from None
     if as_json:
-        print_json([{"name": one.name, "description": one.description} for one in recipes])
+        print_json([{"name": name, "description": text} for name, text in found.items()])
         return
+    lines = found if pattern is not None else _with_tables_in_short(found)
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("recipe", no_wrap=True)
     table.add_column("what it trains")
-    for one in recipes:
-        table.add_row(Text(one.name, style="cyan"), Text(one.description))
+    for name, description in lines.items():
+        table.add_row(Text(name, style="cyan"), Text(description))
     print_table(table)
+    if pattern is None:
+        typer.echo("A line with * stands for several; see them by: dkl recipes list 'NAME*'")
+
+
+def _with_tables_in_short(found: dict[str, str]) -> dict[str, str]:
+    """Put one line for each method of a table in the place of its recipes."""
+    from dkl import config
+
+    tables, recipes = config.recipe_tables(), config.table_recipes()
+    lines = {}
+    for name, description in found.items():
+        if name not in recipes:
+            lines[name] = description
+            continue
+        table = tables[recipes[name].table]
+        method = recipes[name].method.removesuffix("_official")
+        same = [
+            one for key, one in table.methods.items() if key.removesuffix("_official") == method
+        ]
+        count = sum(len(one.columns) for one in same)
+        short = table.name.format(method=method, column="*", suffix="")
+        lines[short] = f"{count} recipes: {same[0].title}, {table.title}"
+    return lines
 
 
 def show_recipe(

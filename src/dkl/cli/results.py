@@ -16,13 +16,28 @@ Runs = Annotated[
 ]
 
 
-def compare(runs: Runs, as_json: AsJson = False) -> None:
-    """Print a table of recipes: mean and spread over seeds."""
+def compare(
+    runs: Runs,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Put runs of different datasets into one table, too.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print a table of recipes: mean and spread over seeds.
+
+    Rows that are not like for like (training images, epochs, models, test images) are
+    named above the table. Runs of different datasets are refused.
+    """
     folders = find_runs(runs)
     from dkl.reports import compare as compare_runs
     from dkl.reports import read_run
+    from dkl.reports.likeness import DATASET
 
     table = compare_runs([read_run(folder) for folder in folders])
+    apart = [one.sentence for one in table.differences if one.aspect == DATASET]
+    if apart and not anyway:
+        message = f"{apart[0]} Compare runs of the same data, or add --anyway"
+        raise typer.BadParameter(message, param_hint="RUN")
     if as_json:
         typer.echo(table.to_json())
     else:

@@ -32,6 +32,7 @@ from dkl.config.distillation import (
 from dkl.config.errors import RecipeError
 from dkl.config.evaluation import EvaluationSettings
 from dkl.config.loading import (
+    describe_recipes,
     list_recipes,
     load_recipe,
     override,
@@ -41,12 +42,14 @@ from dkl.config.loading import (
 )
 from dkl.config.method import MethodSettings, Natural
 from dkl.config.recipe import Recipe
+from dkl.config.recipe_tables import RecipeTable, TableRecipe, recipe_tables, table_recipes
 from dkl.config.training import (
     SGD,
     AdamW,
     AveragingSettings,
     Constant,
     Cosine,
+    Lamb,
     OneCycle,
     OptimizerSettings,
     ScheduleSettings,
@@ -89,6 +92,7 @@ __all__ = [
     "EvaluationSettings",
     "FitNet",
     "GeneratedSettings",
+    "Lamb",
     "MethodSettings",
     "ModelSettings",
     "Natural",
@@ -97,17 +101,22 @@ __all__ = [
     "Range",
     "Recipe",
     "RecipeError",
+    "RecipeTable",
     "ReviewKD",
     "ScheduleSettings",
     "Step",
+    "TableRecipe",
     "TeacherSettings",
     "TrainingSettings",
     "TuningSettings",
     "WeightPerturbationSettings",
+    "describe_recipes",
     "list_recipes",
     "load_recipe",
     "override",
+    "recipe_tables",
     "recipe_text",
     "resolved",
+    "table_recipes",
     "to_yaml",
 ]

@@ -9,7 +9,7 @@ from dkl.config.base import Count, CountOrZero, Number, PositiveNumber, Problem,
 
 
 class AugmentSettings(Section):
-    """Augmentation of training images: AutoAugment policy, crop, mirror, cutout, CutMix, in order.
+    """Augmentation of training images: AutoAugment policy, crop, mirror, cutout, mixing, in order.
 
     Args:
         auto_augment: apply torchvision's AutoAugment policy for CIFAR-10 first.
@@ -19,6 +19,9 @@ class AugmentSettings(Section):
         cutout: side in pixels of a black square at a random place; null means none.
         cutmix: share of images into which a box of another training image is pasted, labels mixed
             by area; 0 means none.
+        mixup: share of images that become weighted means of themselves and another training image,
+            labels likewise; 0 means none. An image has either CutMix or mixup.
+        mixup_alpha: the weight is drawn from Beta(alpha, alpha).
     """
 
     auto_augment: bool = False
@@ -27,11 +30,21 @@ class AugmentSettings(Section):
     flip: bool = True
     cutout: Count | None = None
     cutmix: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    mixup: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    mixup_alpha: Annotated[Number, Field(gt=0, le=1)] = 1.0
 
     def problems(self) -> Iterator[Problem]:  # noqa: D102
-        used = (self.padding, self.flip, self.auto_augment, self.cutout, self.cutmix)
-        if not any(used):
+        plain = (self.padding, self.flip, self.auto_augment, self.cutout)
+        if not any((*plain, self.cutmix, self.mixup)):
             yield "padding", "0 without flip augments nothing; write augment: null instead"
+        if self.cutmix + self.mixup > 1:
+            yield (
+                "mixup",
+                f"and cutmix are shares of the images, together at most 1; got {self.mixup:g} and "
+                f"{self.cutmix:g}",
+            )
+        if self.mixup == 0 and self.mixup_alpha != 1:
+            yield "mixup_alpha", "would be ignored: mixup is 0; set mixup, or leave it 1"
 
 
 class GeneratedSettings(Section):
@@ -85,8 +98,9 @@ class DataSettings(Section):
 
     def problems(self) -> Iterator[Problem]:  # noqa: D102
         for number, view in enumerate(self.views):
-            if view.cutmix > 0:
-                yield f"views.{number}.cutmix", "labels are those of the images; leave it 0"
+            for key in ("cutmix", "mixup"):
+                if getattr(view, key) > 0:
+                    yield f"views.{number}.{key}", "labels are those of the images; leave it 0"
         if self.generated is not None and self.generated.held_out and self.train_limit is None:
             yield "train_limit", "needed by generated.held_out, which takes the images beyond it"
         if self.name == "digits":

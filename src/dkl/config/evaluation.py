@@ -42,6 +42,8 @@ class EvaluationSettings(Section):
         masking_checks: look for the signs of masked gradients.
         features: keep the features of this many test images of each class, at most 20 classes,
             clean and under PGD with the most of ``pgd_steps``; 0 means none.
+        calibration: calibration error, reliability and likelihood on clean images.
+        fidelity: how closely the student follows its teacher on clean images.
         batch_size: images attacked at a time.
         validation_attack_steps: PGD steps of the robust validation accuracy; 0 means none.
         validation_attack: what that attack maximises: "margin" (CW) or "ce" (PGD). The margin is
@@ -61,6 +63,8 @@ class EvaluationSettings(Section):
     sweep_attack: SweepAttack = "pgd"
     masking_checks: bool = False
     features: CountOrZero = 0
+    calibration: bool = False
+    fidelity: bool = False
     batch_size: Count = 256
     validation_attack_steps: CountOrZero = 0
     validation_attack: Literal["margin", "ce"] = "margin"

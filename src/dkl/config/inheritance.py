@@ -46,16 +46,22 @@ def inherit(
         layers.append(dict(below))
     merged: dict[str, Any] = {}
     for layer in reversed(layers):
-        merged = _merge(merged, layer)
+        merged = merge(merged, layer)
     return merged, problems
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay sections over others, key by key; one of another ``kind`` replaces as a whole.
+
+    Example:
+        >>> merge({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}})
+        {'a': {'x': 1, 'y': 3}}
+    """
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping) and not _other_kind(old, value):
-            merged[key] = _merge(old, value)
+            merged[key] = merge(old, value)
         else:
             merged[key] = value
     return merged

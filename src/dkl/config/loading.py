@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dkl.config.errors import (
 from dkl.config.inheritance import inherit
 from dkl.config.overrides import apply_overrides
 from dkl.config.recipe import Recipe, section_problems
+from dkl.config.recipe_tables import table_recipes
 from dkl.config.tuning import Choices
 from dkl.config.yaml_text import parse_yaml
 
@@ -37,7 +39,36 @@ def list_recipes() -> list[str]:
     folder = resources.files("dkl").joinpath("recipes")
     names = (Path(entry.name) for entry in folder.iterdir())
     # What only serves as the base of others begins with "_".
-    return sorted(n.stem for n in names if n.suffix == ".yaml" and not n.stem.startswith("_"))
+    files = (n.stem for n in names if n.suffix == ".yaml" and not n.stem.startswith("_"))
+    return sorted([*files, *table_recipes()])
+
+
+def describe_recipes(pattern: str = "*") -> dict[str, str]:
+    """Return the descriptions of the shipped recipes, by name, without checking them.
+
+    Args:
+        pattern: part of the names that are wanted; or a whole name, in which "*" stands for any
+            text.
+
+    Raises:
+        RecipeError: no name fits.
+
+    Example:
+        >>> list(describe_recipes("cifar100_ikl_kd_vgg13*"))[:1]
+        ['cifar100_ikl_kd_vgg13_mobilenet_v2_half']
+    """
+    wanted = pattern if "*" in pattern else f"*{pattern}*"
+    names = [name for name in list_recipes() if fnmatchcase(name, wanted)]
+    if not names:
+        near = _nearest(pattern.strip("*"))
+        raise RecipeError(pattern, [("", f"no shipped recipe has such a name; {near}")])
+    tables = table_recipes()
+    return {
+        name: tables[name].description
+        if name in tables
+        else str(parse_yaml(recipe_text(name))[0]["description"])
+        for name in names
+    }
 
 
 def recipe_text(name: str) -> str:
@@ -46,9 +77,11 @@ def recipe_text(name: str) -> str:
     Raises:
         RecipeError: no such recipe; the message names the nearest one.
     """
+    if name in table_recipes():
+        return table_recipes()[name].text
     file = resources.files("dkl").joinpath("recipes").joinpath(f"{name}.yaml")
     if not file.is_file():
-        message = f"no shipped recipe has this name; {suggestion(name, list_recipes())}"
+        message = f"no shipped recipe has this name; {_nearest(name)}"
         hint = " A file of your own must exist and end in .yaml"
         raise RecipeError(name, [("", message + hint)])
     return file.read_text("utf-8")
@@ -149,6 +182,12 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(resolved(recipe), sort_keys=False, width=100)
 
 
+def _nearest(name: str) -> str:
+    found = suggestion(name, list_recipes())
+    # There are too many to name them all.
+    return found if found.startswith("did you mean") else "`dkl recipes list` shows what there is"
+
+
 def _what(values: object) -> str:
     return "but is empty" if values is None else f"not {show(values)}"
 
@@ -173,7 +212,7 @@ def _read(name_or_path: str | Path) -> str:
     try:
         return path.read_text("utf-8")
     except FileNotFoundError:
-        near = suggestion(path.stem, list_recipes())
+        near = _nearest(path.stem)
         raise RecipeError(
             str(path), [("", f"there is no such file; of the shipped recipes: {near}")]
         ) from None

@@ -166,16 +166,28 @@ def _views(data: DataSettings, method: MethodSettings) -> Iterator[Problem]:
         yield "data.views", f"would be ignored by method {method.kind}; remove it {reason}".strip()
 
 
+_NO_MIXED_LABELS = {
+    **{
+        kind: f"method {kind} has no form for mixed labels; set it 0"
+        for kind in ("mart", "las_at", "dajat")
+    },
+    "dkd": "method dkd tells one label from the other classes; set it 0, or choose another method",
+    "crd": "method crd contrasts an image with memories of whole images of other classes; set it 0",
+}
+
+
 def _mixed_labels(data: DataSettings, method: MethodSettings) -> Iterator[Problem]:
-    mixes = data.augment is not None and data.augment.cutmix > 0
-    if mixes and method.kind in ("mart", "las_at", "dajat", "kd", "ikl_kd", "gkl_kd"):
-        yield "data.augment.cutmix", f"method {method.kind} has no form for mixed labels; set it 0"
-    elif mixes and method.kind == "gkl_at" and method.class_weights:
-        yield (
-            "data.augment.cutmix",
+    reason = _NO_MIXED_LABELS.get(method.kind)
+    if reason is None and method.kind in ("gkl_at", "gkl_kd") and method.class_weights:
+        reason = (
             "the denominator of GKL with class weights needs plain labels; set it 0, or "
-            "method.class_weights false",
+            "method.class_weights false"
         )
+    if reason is None or data.augment is None:
+        return
+    for key in ("cutmix", "mixup"):
+        if getattr(data.augment, key) > 0:
+            yield f"data.augment.{key}", reason
 
 
 def _dual_batch_norm(model: ModelSettings, method: MethodSettings) -> Iterator[Problem]:

@@ -111,7 +111,27 @@ class AdamW(Section):
     hints: ClassVar = {"momentum": "belongs to kind sgd; adamw has betas"}
 
 
-OptimizerSettings = Annotated[SGD | AdamW, Field(discriminator="kind")]
+class Lamb(Section):
+    """Adam with the step of each layer in proportion to its weights (You et al. 2020), of timm.
+
+    Args:
+        lr: the learning rate.
+        betas: of the moving averages.
+        eps: added to the root of the second moment.
+        weight_decay: inside the step that is scaled.
+        max_grad_norm: bound of the gradient's norm, over all parameters; null means none.
+    """
+
+    kind: Literal["lamb"]
+    lr: PositiveNumber
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
+    eps: PositiveNumber = 1e-6
+    weight_decay: NonNegativeNumber = 0.02
+    max_grad_norm: PositiveNumber | None = 1.0
+    hints: ClassVar = {"momentum": "belongs to kind sgd; lamb has betas"}
+
+
+OptimizerSettings = Annotated[SGD | AdamW | Lamb, Field(discriminator="kind")]
 
 
 class _Schedule(Section):
@@ -133,10 +153,17 @@ class Cosine(_Schedule):
 
     Args:
         from_full: (1 + cos(pi (e - 1) / E)) / 2 instead, as published for DAJAT and TRADES.
+        after_warmup: the cosine begins where the warm-up of W epochs ends; with ``per_epoch`` as
+            published for ImageNet-LT: e / W in epoch e = 1..W, then the cosine of E - W epochs.
     """
 
     kind: Literal["cosine"]
     from_full: bool = False
+    after_warmup: bool = False
+
+    def problems(self) -> Iterator[Problem]:  # noqa: D102
+        if self.after_warmup and self.warmup_epochs == 0:
+            yield "after_warmup", "would be ignored: warmup_epochs is 0; set it, or this one false"
 
 
 class Step(_Schedule):

@@ -18,6 +18,7 @@ from dkl.data.images import ImageData
 from dkl.data.loading import DATASETS, load_data
 from dkl.data.long_tailed import class_sizes, group_accuracies, long_tailed, shot_groups
 from dkl.data.lookup import DatasetNotFoundError
+from dkl.data.mixup import mixup, mixup_or_cutmix
 from dkl.data.splits import split_validation
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ __all__ = [
     "load_data",
     "long_tailed",
     "make_augment",
+    "mixup",
+    "mixup_or_cutmix",
     "read_image_list",
     "shot_groups",
     "split_validation",

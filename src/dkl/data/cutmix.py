@@ -46,33 +46,65 @@ def cutmix(
         >>> mixed.flatten(), share  # lambda = 0.75: a box of 1 x 1 pixels
         (tensor([0., 0., 1., 0.]), tensor([0.7500]))
     """
-    _check(images_BCHW, partners_BCHW, alpha, probability)
-    batch, _, height, width = images_BCHW.shape
-    uniform_B4 = draw_rows(draw, batch, 4).to(images_BCHW.device)
-    # double: the square root of a half-precision number would round the box's side.
-    side_B = (1 - uniform_B4[:, 0].double()).sqrt()
+    check_pair(images_BCHW, partners_BCHW)
+    _check(alpha, probability)
+    uniform_B4 = draw_rows(draw, len(images_BCHW), 4).to(images_BCHW.device)
     is_mixed_B = uniform_B4[:, 3] < probability
-    theirs_BHW = is_mixed_B[:, None, None] & box_mask(
-        pick(uniform_B4[:, 1], height),
-        pick(uniform_B4[:, 2], width),
+    boxes_BHW = cutmix_boxes(images_BCHW, uniform_B4[:, :3])
+    return paste(images_BCHW, partners_BCHW, boxes_BHW & is_mixed_B[:, None, None])
+
+
+def cutmix_boxes(images_BCHW: Tensor, uniform_B3: Tensor) -> Tensor:
+    """Mark the box of each image.
+
+    Args:
+        images_BCHW: for their size.
+        uniform_B3: numbers for lambda and the centre's row and column.
+
+    Returns:
+        [B, H, W] bool, True inside.
+    """
+    height, width = images_BCHW.shape[2:]
+    # double: the square root of a half-precision number would round the box's side.
+    side_B = (1 - uniform_B3[:, 0].double()).sqrt()
+    return box_mask(
+        pick(uniform_B3[:, 1], height),
+        pick(uniform_B3[:, 2], width),
         (side_B * height).long(),
         (side_B * width).long(),
         height,
         width,
     )
+
+
+def paste(images_BCHW: Tensor, partners_BCHW: Tensor, theirs_BHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the marked pixels from the partners.
+
+    Returns:
+        (mixed [B, C, H, W], share of own pixels [B] float32, or float64 for float64 images).
+    """
     mixed_BCHW = torch.where(theirs_BHW[:, None], partners_BCHW, images_BCHW)
     share_type = torch.float64 if images_BCHW.dtype == torch.float64 else torch.float32
     theirs_B = theirs_BHW.flatten(1).sum(1).to(share_type)
+    height, width = images_BCHW.shape[2:]
     return mixed_BCHW, 1 - theirs_B / (height * width)
 
 
-def _check(images: Tensor, partners: Tensor, alpha: float, probability: float) -> None:
+def check_pair(images: Tensor, partners: Tensor) -> None:
+    """Refuse anything but two batches of float images of one shape and type.
+
+    Raises:
+        ValueError: they do not fit.
+    """
     check_images(images)
     if partners.shape != images.shape or partners.dtype != images.dtype:
         raise ValueError(
             f"partners must have the shape and type of images, {tuple(images.shape)} "
             f"{images.dtype}; got {tuple(partners.shape)} {partners.dtype}."
         )
+
+
+def _check(alpha: float, probability: float) -> None:
     if alpha != 1:
         raise ValueError(
             f"alpha must be 1 (lambda uniform in [0, 1)), the value of the CutMix paper; got "

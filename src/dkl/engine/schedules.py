@@ -152,6 +152,35 @@ def with_warmup(schedule: Schedule, num_epochs: float, *, start: float = 0.0) ->
     )
 
 
+def after_warmup(schedule: Schedule, num_epochs: float, *, unit: float = 0.0) -> Schedule:
+    """Return a linear ramp from 0 to 1 over the first ``num_epochs``, then ``schedule`` from 0 on.
+
+    Args:
+        schedule: over the epochs after the ramp.
+        num_epochs: of the ramp.
+        unit: length of one evaluation in epochs; 1 together with ``per_epoch`` makes epoch e of W
+            have e / W, e = 1..W.
+
+    Raises:
+        ValueError: if ``num_epochs`` is not positive.
+
+    Example:
+        The rates published for ImageNet-LT: 10 epochs of the ramp, then a cosine of 80 epochs.
+
+        >>> official = per_epoch(after_warmup(cosine(81, offset=1), 10, unit=1))
+        >>> [round(official(epoch), 3) for epoch in (0, 9, 10, 50, 89)]
+        [0.1, 1.0, 1.0, 0.49, 0.0]
+    """
+    _require_positive("num_epochs", num_epochs)
+
+    def factor(progress: float) -> float:
+        if progress < num_epochs:
+            return min(1.0, (progress + unit) / num_epochs)
+        return schedule(progress - num_epochs)
+
+    return factor
+
+
 def with_first_epoch(schedule: Schedule, factor: float) -> Schedule:
     """Return ``schedule`` with another factor throughout the first epoch.
 

@@ -13,12 +13,15 @@ from dkl.reports.html import render_report, save_figures, write_report
 from dkl.reports.masking import MaskingChecks, masking_checks
 from dkl.reports.origin import provenance, settings_hash
 from dkl.reports.paper_tables import PaperTable, paper_table
+from dkl.reports.prediction_figures import class_gain, reliability_diagram, shot_accuracies
 from dkl.reports.published import PUBLISHED, PublishedRow
+from dkl.reports.published_distillation import PUBLISHED_DISTILLATION
 from dkl.reports.records import ResultRow, Run, RunError, append_results, read_run
 from dkl.reports.tables import Table, compare
 
 __all__ = [
     "PUBLISHED",
+    "PUBLISHED_DISTILLATION",
     "MaskingChecks",
     "PaperTable",
     "PublishedRow",
@@ -28,6 +31,7 @@ __all__ = [
     "Table",
     "append_results",
     "class_accuracies",
+    "class_gain",
     "class_margin_differences",
     "class_table_heat_map",
     "clean_versus_robust",
@@ -37,10 +41,12 @@ __all__ = [
     "paper_table",
     "provenance",
     "read_run",
+    "reliability_diagram",
     "render_report",
     "robustness_curve",
     "save_figures",
     "settings_hash",
+    "shot_accuracies",
     "training_curves",
     "write_report",
 ]

@@ -13,6 +13,9 @@ _PLACES = ("folder", "download", "num_workers")  # where data lie, not what they
 _EPOCH_KEYS = ("epochs", "num_epochs")
 # What an attack is allowed to do; how it goes about it belongs to the method.
 _TRAINING_ATTACK = ("method.attack.norm", "method.attack.eps", "method.attack.num_steps")
+# Not where it lies: the same teacher may be found as a run or a file.
+_TEACHER = ("method.teacher.recipe", "method.teacher.model")
+_OF_SOME = ("training attack", "teacher")
 _EVALUATION = tuple(
     f"evaluation.{key}" for key in ("norm", "eps", "step_size", "auto_attack", "num_images")
 )
@@ -201,8 +204,8 @@ def differences(groups: Sequence[Group]) -> list[str]:
         groups: from ``group_runs``; labels may repeat.
 
     Returns:
-        A sentence per aspect (data, epochs, model, training attack, evaluation) with the settings
-        that are not the same everywhere.
+        A sentence per aspect (data, epochs, model, training attack, teacher, evaluation) with the
+        settings that are not the same everywhere.
     """
     notes = []
     for aspect, belongs in _ASPECTS.items():
@@ -213,7 +216,7 @@ def differences(groups: Sequence[Group]) -> list[str]:
         involved = [
             (group.label, settings)
             for group, settings in zip(groups, chosen, strict=True)
-            if settings or aspect != "training attack"  # natural training has none to compare
+            if settings or aspect not in _OF_SOME  # natural training has neither to compare
         ]
         keys = [
             key
@@ -249,6 +252,7 @@ _ASPECTS: Mapping[str, Callable[[str], bool]] = {
     "epochs": lambda key: key.rpartition(".")[2] in _EPOCH_KEYS,
     "model": lambda key: key.partition(".")[0] == "model",
     "training attack": lambda key: key in _TRAINING_ATTACK,
+    "teacher": lambda key: key.startswith(_TEACHER),
     "evaluation": lambda key: key in _EVALUATION,
 }
 

@@ -130,7 +130,7 @@ def _distinct(runs: Iterable[Run]) -> list[Run]:
 
 def _section(plan: Plan, runs: Sequence[Run]) -> dict[str, Any] | None:
     figure = plan.draw(runs)
-    if figure is None and plan.optional:
+    if figure is None and plan.is_left_out(runs):
         return None
     lacking = [run for run in runs if not plan.has_data(run)]
     commands = [plan.command.format(recipe=run.name, run=run.path) for run in lacking]

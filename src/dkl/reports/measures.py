@@ -13,7 +13,7 @@ Threat = tuple[str | None, float | None]
 
 @dataclass(frozen=True)
 class Reading:
-    """A number of one run in percent, and the rows that it comes from."""
+    """A number of one run in the unit of its column, and the rows that it comes from."""
 
     value: float
     rows: tuple[ResultRow, ...]
@@ -26,10 +26,19 @@ class Reading:
 
 @dataclass(frozen=True)
 class Measure:
-    """A measured column: its title, and what it reads (None where a run lacks it)."""
+    """A measured column.
+
+    Args:
+        title: of the column.
+        read: what it reads; None where a run lacks it.
+        unit: of the readings; "" says nothing.
+        decimals: how many are shown; None: as many as the number of images allows.
+    """
 
     title: str
     read: Callable[[Run], Reading | None]
+    unit: str = "%"
+    decimals: int | None = None
 
 
 def accuracy(title: str, *metrics: str) -> Measure:

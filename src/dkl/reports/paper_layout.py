@@ -31,6 +31,10 @@ class Layout:
         compared: titles of the measured columns that are compared.
         settings: start of a row's key -> the setting that the row varies.
         notes: what a reader must know beside the conflicts between tables.
+        own: from a row's key and one of its runs to the part of the run that is the row's; None
+            takes the whole run.
+        remarks: from all runs to further notes.
+        decimals: of the published numbers.
     """
 
     title: str
@@ -40,6 +44,9 @@ class Layout:
     compared: tuple[str, ...] = ("clean", "AutoAttack")
     settings: Mapping[str, str] | None = None
     notes: tuple[str, ...] = ()
+    own: Callable[[str, Run], Run] | None = None
+    remarks: Callable[[Sequence[Run]], list[str]] | None = None
+    decimals: int = 2
 
 
 def _first(rows: Sequence[PublishedRow], dataset: str) -> PublishedRow | None:

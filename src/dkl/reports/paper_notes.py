@@ -65,17 +65,18 @@ def measured_notes(rows: Sequence[MeasuredRow], measures: Sequence[Measure]) -> 
 
 def _origins(rows: Sequence[MeasuredRow]) -> list[str]:
     origins: dict[str, list[MeasuredRow]] = {}
+    is_attacked = any(one.epsilon for row in rows for one in _result_rows(row))
     for row in rows:
         assert row.group is not None
         recipe, epochs = row.group.recipe, num_epochs(row.group.recipe)
-        found = [one for some in row.readings for r in some.values() for one in r.rows]
-        attacked = _join({one.num_samples for one in found if one.epsilon})
+        attacked = _join({one.num_samples for one in _result_rows(row) if one.epsilon})
         parts = [
             dataset(recipe),
             network(recipe),
             "epochs not stated" if epochs is None else f"epochs {epochs}",
-            f"{attacked} attacked images" if attacked else "no attacked images",
         ]
+        if is_attacked:
+            parts.append(f"{attacked or 'no'} attacked images")
         origins.setdefault(", ".join(parts), []).append(row)
     notes = []
     for origin, some in origins.items():
@@ -86,6 +87,10 @@ def _origins(rows: Sequence[MeasuredRow]) -> list[str]:
         ]
         notes.append(f"Measured on {origin}, seeds {_list(most)}: {', '.join(labels)}.")
     return notes
+
+
+def _result_rows(row: MeasuredRow) -> list[ResultRow]:
+    return [one for some in row.readings for reading in some.values() for one in reading.rows]
 
 
 def _list(seeds: Sequence[int]) -> str:

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from dkl.reports.distillation_layout import DISTILLATION_LAYOUTS
+from dkl.reports.measures import Measure
 from dkl.reports.paired import PairedDifference
 from dkl.reports.paper_layout import LAYOUTS, Cell, Layout
 from dkl.reports.paper_notes import measured_notes
 from dkl.reports.paper_rows import PaperRow, attach, compare_with
 from dkl.reports.published import CONFLICTS, PUBLISHED, SOURCE
+from dkl.reports.published_distillation import DISTILLATION_CONFLICTS, PUBLISHED_DISTILLATION
 from dkl.reports.recipe_facts import dataset, network, num_epochs, setting
 from dkl.reports.records import Run
 from dkl.reports.rendering import PLUS_MINUS, TextTable
@@ -18,10 +21,15 @@ from dkl.reports.tables import FINE_SAMPLES, show_spread, spread_json
 
 __all__ = ["PaperRow", "PaperTable", "paper_table"]
 
+_LAYOUTS = {**LAYOUTS, **DISTILLATION_LAYOUTS}
+_PUBLISHED = {**PUBLISHED, **PUBLISHED_DISTILLATION}
+
 
 @dataclass(frozen=True)
 class PaperTable(TextTable):
     """What ``paper_table`` found, and how to show it; accuracies are percent.
+
+    ``units`` and ``decimals`` are those of ``measures``; see ``Measure``.
 
     ``heads`` has a pair for each column: what a run of columns has in common, and the column's own
     title. ``header`` joins the two; an HTML table shows them in two lines (``head_spans``).
@@ -35,6 +43,9 @@ class PaperTable(TextTable):
     measures: tuple[str, ...]
     baseline: str | None
     setting_of: Mapping[str, str]
+    units: tuple[str, ...]
+    decimals: tuple[int | None, ...]
+    published_decimals: int = 2
 
     @property
     def header(self) -> list[str]:
@@ -63,15 +74,14 @@ class PaperTable(TextTable):
     def lines(self, plus_minus: str = PLUS_MINUS) -> list[list[str]]:
         """Return the rows as text, a cell per column of ``header``."""
         most = max((len(row.seeds) for row in self.rows), default=0)
-        fine = [self._fewest_samples(place) >= FINE_SAMPLES for place in range(len(self.measures))]
         lines = []
         for row in self.rows:
-            line = [row.label, *(_show_published(cell) for cell in row.published)]
+            published = (_show_published(cell, self.published_decimals) for cell in row.published)
+            line = [row.label, *published]
             if self.setting_of:
                 line.append(_show_setting(row, self.setting_of))
             cells = [
-                show_spread(row.spread(place), len(row.seeds), 2 if fine[place] else 1, plus_minus)
-                for place in range(len(self.measures))
+                self._show_measured(row, place, plus_minus) for place in range(len(self.measures))
             ]
             if not row.seeds and cells:
                 cells[0] = "not run" if row.group is None else "not evaluated"
@@ -89,6 +99,14 @@ class PaperTable(TextTable):
             lines.append(line)
         return lines
 
+    def _show_measured(self, row: PaperRow, place: int, plus_minus: str) -> str:
+        decimals, spread = self.decimals[place], row.spread(place)
+        if decimals is None:
+            decimals = 2 if self._fewest_samples(place) >= FINE_SAMPLES else 1
+        elif not self.units[place] and spread is not None and spread.num_seeds == 1:
+            return f"{spread.mean:,.{decimals}f}"  # a cost, which needs no seeds
+        return show_spread(spread, len(row.seeds), decimals, plus_minus)
+
     def to_json(self) -> str:
         """Return everything as JSON: published and measured accuracies in percent."""
         num_published = len(self.rows[0].published)
@@ -96,7 +114,7 @@ class PaperTable(TextTable):
         document = {
             "table": self.name,
             "title": self.title,
-            "unit": "percent",
+            "unit": "percent" if "%" in self.units else None,
             "source_of_published": SOURCE,
             "baseline": self.baseline,
             "rows": [self._row_json(row, published_heads) for row in self.rows],
@@ -113,6 +131,7 @@ class PaperTable(TextTable):
             rows = [one for reading in row.readings[place].values() for one in reading.rows]
             measured[title] = {
                 **spread_json(row.spread(place)),
+                "unit": "percent" if self.units[place] == "%" else self.units[place] or None,
                 "num_samples": row.num_samples(place),
                 "metrics": sorted({one.metric for one in rows}),
                 "norms": sorted({one.norm for one in rows if one.norm is not None}),
@@ -152,11 +171,14 @@ def paper_table(
 
     Args:
         name: "robust-ablation" (table 1), "robust-methods" (2 and 3), "hyperparameters" (7 to 9),
-            "epsilon-sweep" (10) or "other-attacks" (11).
+            "epsilon-sweep" (10) or "other-attacks" (11); "distillation" (13 and 14),
+            "distillation-imagenet" (4, 15 and 1), "distillation-speed" (4) or "long-tailed" (5 and
+            18).
         runs: key of a row (see ``dkl.reports.published``) -> its runs, one per seed; keys without
             runs may be absent.
-        baseline: key of the row to compare with; by default "kl" in the ablation, none for the
-            hyperparameters, else "trades".
+        baseline: key of the row to compare with; by default "kl" in the ablation and for
+            long-tailed data, "kd" for distillation, none for hyperparameters and speed, else
+            "trades".
 
     Returns:
         The table.
@@ -170,17 +192,21 @@ def paper_table(
         >>> print(table.lines()[3][:4])
         ['DKL + BA + GI = IKL', '65.76', '31.91', '71.91']
     """
-    if name not in LAYOUTS:
-        raise ValueError(f"no table is called {name!r}; there are: {', '.join(LAYOUTS)}")
-    layout, keys = LAYOUTS[name], list(dict.fromkeys(row.key for row in PUBLISHED[name]))
+    if name not in _LAYOUTS:
+        raise ValueError(f"no table is called {name!r}; there are: {', '.join(_LAYOUTS)}")
+    layout, keys = _LAYOUTS[name], list(dict.fromkeys(row.key for row in _PUBLISHED[name]))
     asked = [*runs, *([baseline] if baseline is not None else [])]
     if unknown := [key for key in asked if key not in keys]:
         raise ValueError(
             f"table {name!r} has no row {', '.join(map(repr, unknown))}; its rows are: "
             + ", ".join(keys)
         )
-    what, measures = layout.measured([run for some in runs.values() for run in some])
-    rows, notes = attach(PUBLISHED[name], layout, runs, measures)
+    if layout.own is not None:
+        runs = {key: [layout.own(key, run) for run in some] for key, some in runs.items()}
+    everything = [run for some in runs.values() for run in some]
+    what, measures = layout.measured(everything)
+    rows, notes = attach(_PUBLISHED[name], layout, runs, measures)
+    notes += layout.remarks(everything) if layout.remarks is not None else []
     measured = any(row.seeds for row in rows)
     wanted = layout.baseline if baseline is None else baseline
     label = next((row.label for row in rows if row.key == wanted), wanted)
@@ -191,11 +217,10 @@ def paper_table(
     if chosen is not None:
         rows, more = compare_with(rows, chosen, compared)
         notes += more
-    measured_head = f"measured, %, {what}" if what else "measured, %"
     heads = [("", "setting" if layout.settings else "method")]
     heads += [(column.head, column.title) for column in layout.published]
     heads += [("", "measured setting")] if layout.settings else []
-    heads += [*((measured_head, one.title) for one in measures), ("", "seeds")]
+    heads += [*((_measured_head(one, what), one.title) for one in measures), ("", "seeds")]
     if chosen is not None:
         head = f"minus {label}, points"
         heads += [(head, measures[place].title) for place in compared]
@@ -208,18 +233,28 @@ def paper_table(
         measures=tuple(one.title for one in measures),
         baseline=chosen,
         setting_of=_settings(keys, layout),
+        units=tuple(one.unit for one in measures),
+        decimals=tuple(one.decimals for one in measures),
+        published_decimals=layout.decimals,
     )
 
 
+def _measured_head(measure: Measure, what: str) -> str:
+    return ", ".join(filter(None, ("measured", measure.unit, what)))
+
+
 def _published_notes(name: str, layout: Layout) -> list[str]:
-    tables = sorted({row.table for row in PUBLISHED[name]} - {0})
+    tables = sorted({row.table for row in _PUBLISHED[name]} - {0})
     numbers = " and ".join(filter(None, (", ".join(map(str, tables[:-1])), str(tables[-1]))))
     word = "table" if len(tables) == 1 else "tables"
+    attack, conflicts = "", DISTILLATION_CONFLICTS.get(name, ())
+    if name in PUBLISHED:
+        attack = " AA is AutoAttack;"
+        conflicts = tuple(text for where, text in CONFLICTS if where & {*tables})
     return [
-        f"Published numbers: {SOURCE}, {word} {numbers}; AA is AutoAttack; - where the paper has "
-        "no number.",
+        f"Published numbers: {SOURCE}, {word} {numbers};{attack} - where the paper has no number.",
         *layout.notes,
-        *(f"In the paper: {text}" for where, text in CONFLICTS if where & {*tables}),
+        *(f"In the paper: {text}" for text in conflicts),
     ]
 
 
@@ -246,10 +281,10 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _show_published(cell: Cell) -> str:
+def _show_published(cell: Cell, decimals: int) -> str:
     if cell is None:
         return "-"
-    return cell if isinstance(cell, str) else f"{cell:.2f}"
+    return cell if isinstance(cell, str) else f"{cell:.{decimals}f}"
 
 
 def _show_difference(difference: PairedDifference | None, num_seeds: int, plus_minus: str) -> str:

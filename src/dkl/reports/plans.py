@@ -12,6 +12,13 @@ from dkl.reports.figures import (
     robustness_curve,
     training_curves,
 )
+from dkl.reports.prediction_figures import (
+    SHOT_METRICS,
+    class_gain,
+    reliability_diagram,
+    shot_accuracies,
+)
+from dkl.reports.recipe_facts import setting
 from dkl.reports.records import ResultRow, Run
 from dkl.reports.tables import describe_metric
 
@@ -24,7 +31,8 @@ class Plan:
     """A figure of the report: what draws it, what it needs, and the command that makes that.
 
     ``everywhere``: the caption names the recipes that lack the data. ``optional``: the section is
-    left out where no run has them.
+    left out where no run has them. ``attacked``: likewise where runs are of distillation, which
+    nobody attacks.
     """
 
     name: str
@@ -36,6 +44,12 @@ class Plan:
     command: str
     everywhere: bool = True
     optional: bool = False
+    attacked: bool = False
+
+    def is_left_out(self, runs: Sequence[Run]) -> bool:
+        """Tell whether a report on these runs says nothing of a figure that cannot be drawn."""
+        has_teacher = any(setting(run.recipe, "method.teacher") is not None for run in runs)
+        return self.optional or (self.attacked and has_teacher)
 
 
 def _has_rows(*metrics: str) -> Callable[[Run], bool]:
@@ -72,6 +86,7 @@ PLANS = (
         has_data=_has_clean_and_robust,
         needs="clean_accuracy rows and rows of an attack",
         command="dkl evaluate {run}",
+        attacked=True,
     ),
     Plan(
         name="robustness-curve",
@@ -82,6 +97,46 @@ PLANS = (
         has_data=_has_rows("epsilon_sweep_accuracy"),
         needs="epsilon_sweep_accuracy rows",
         command="dkl evaluate {run}",
+        attacked=True,
+    ),
+    Plan(
+        name="shot-accuracies",
+        title="Classes with many, medium and few training images",
+        caption="Many: more than 100 training images of the class; few: fewer than 20. A group's "
+        "accuracy is the mean over its classes.",
+        draw=shot_accuracies,
+        has_data=lambda run: any(
+            _has_rows(metric)(run) for name, metric in SHOT_METRICS.items() if name != "all"
+        ),
+        needs="many_accuracy, medium_accuracy and few_accuracy rows",
+        command="dkl evaluate {run}",
+        everywhere=False,
+        optional=True,
+    ),
+    Plan(
+        name="class-gain",
+        title="Gain by class",
+        caption="Test accuracy of each class, IKL-KD minus KD. With several seeds, differences "
+        "are taken seed by seed; a bar smaller than its deviation may be chance.",
+        draw=class_gain,
+        has_data=_has_rows("class_accuracy"),
+        needs="class_accuracy rows of ikl_kd and of kd",
+        command="dkl evaluate {run}",
+        everywhere=False,
+        optional=True,
+    ),
+    Plan(
+        name="reliability",
+        title="Reliability",
+        caption="Blue: accuracy of the predictions of each confidence (15 bins), as far as their "
+        "confidence promises it; green: accuracy beyond that; orange: what is missing of it. ECE, "
+        "the expected calibration error, is the mean length of these pieces, weighted by the "
+        "images below.",
+        draw=reliability_diagram,
+        has_data=_has_rows("reliability"),
+        needs="reliability rows",
+        command="dkl evaluate {run} evaluation.calibration=true",
+        optional=True,
     ),
     Plan(
         name="class-accuracies",
@@ -106,6 +161,7 @@ PLANS = (
         needs='class_margin rows of two recipes, one of them with "trades" in its name',
         command="dkl evaluate {run}",
         everywhere=False,
+        attacked=True,
     ),
     Plan(
         name="features",

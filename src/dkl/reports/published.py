@@ -44,7 +44,7 @@ class PublishedRow:
         clean: clean accuracy in percent.
         auto_attack: accuracy under AutoAttack (standard, Linf, 8/255) in percent.
         others: further numbers of the row by name ("pgd_10", "worst_case", "imagenet_top1"), in
-            percent.
+            percent; names that begin with "seconds" are seconds per iteration.
         by_epsilon: accuracy under AutoAttack by budget in units of 1/255, in percent.
     """
 

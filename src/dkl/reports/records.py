@@ -15,7 +15,16 @@ __all__ = ["ResultRow", "Run", "RunError", "append_results", "provenance", "read
 
 logger = logging.getLogger(__name__)
 # Details that say what was measured: a sweep under PGD does not replace one under AutoAttack.
-_DISTINGUISHING = ("attack", "source", "check", "images", "measure")
+_DISTINGUISHING = ("attack", "source", "check", "images", "measure", "method")
+# Numbers that are no fractions, or none below zero; others lie between -1 and 1.
+_RANGES = {
+    "expected_calibration_error": (0.0, 1.0),
+    "teacher_agreement": (0.0, 1.0),
+    "negative_log_likelihood": (0.0, math.inf),
+    "teacher_kl": (0.0, math.inf),
+    "seconds_per_iteration": (0.0, math.inf),
+    "extra_parameters": (0.0, math.inf),
+}
 
 
 class RunError(ValueError):
@@ -30,8 +39,9 @@ class ResultRow:
         run_name: name of the recipe.
         seed: seed of the run.
         metric: "clean_accuracy", "pgd_20_accuracy", "auto_attack_accuracy", "class_margin", ...
-        value: a fraction in [0, 1] for accuracies, in [-1, 1] for margins and silhouettes, any
-            finite number for a ratio of distances; never percent.
+        value: a fraction in [0, 1] for accuracies, agreement and calibration error, in [-1, 1] for
+            margins and silhouettes, a finite number for a ratio of distances (from 0 for
+            likelihoods, divergences, seconds and counts); never percent.
         num_samples: how many samples it was measured on.
         settings_hash: see ``settings_hash``.
         epsilon: attack budget, None without attack.
@@ -45,8 +55,8 @@ class ResultRow:
         device: machine in words.
         time: ISO time of the measurement.
         seconds: how long it took.
-        details: anything else, JSON values only; "attack", "source", "check", "images" and
-            "measure" tell apart measurements that share a metric.
+        details: anything else, JSON values only; "attack", "source", "check", "images", "measure"
+            and "method" tell apart measurements that share a metric.
 
     Raises:
         ValueError: values out of range.
@@ -80,19 +90,24 @@ class ResultRow:
     def __post_init__(self) -> None:
         if not isinstance(self.details, Mapping):
             raise ValueError(f"details need a mapping, got {self.details!r}")
-        low = 0.0 if self.metric.endswith("_accuracy") else -1.0
-        is_ratio = self.details.get("measure") == "intra_inter_ratio"
-        high = math.inf if is_ratio else 1.0
+        low, high = self._range()
         known = isinstance(self.value, (int, float)) and math.isfinite(self.value)
         if not known or not low <= self.value <= high:
-            wanted = "a finite number" if is_ratio else f"a fraction in [{low:g}, 1]"
-            raise ValueError(
-                f"{self.metric} needs {wanted}, got {self.value!r}; divide percentages by 100"
-            )
+            wanted, hint = f"a fraction in [{low:g}, 1]", "; divide percentages by 100"
+            if high > 1:
+                wanted, hint = f"a finite number of at least {low:g}", ""
+            raise ValueError(f"{self.metric} needs {wanted}, got {self.value!r}{hint}")
         if not isinstance(self.num_samples, int) or self.num_samples < 1:
             raise ValueError(f"num_samples needs an integer of at least 1, got {self.num_samples}")
         if self.epsilon is not None and not (math.isfinite(self.epsilon) and self.epsilon >= 0):
             raise ValueError(f"epsilon needs a finite number of at least 0, got {self.epsilon}")
+
+    def _range(self) -> tuple[float, float]:
+        """Return what the value may be at least and at most."""
+        if self.details.get("measure") == "intra_inter_ratio":
+            return -1.0, math.inf
+        whole = (0.0 if self.metric.endswith("_accuracy") else -1.0, 1.0)
+        return _RANGES.get(self.metric, whole)
 
     @property
     def measures(self) -> tuple[object, ...]:

@@ -39,6 +39,11 @@ class TextTable(ABC):
         """Return the rows as text, a cell per column of ``header``."""
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a reader must know first; it stands above the table."""
+        return ()
+
+    @property
     def breaks(self) -> frozenset[int]:
         """Places of the lines above which a new part of the table starts."""
         return frozenset()
@@ -49,7 +54,7 @@ class TextTable(ABC):
         return 1
 
     def to_text(self) -> str:
-        """Return plain ASCII text with aligned columns, notes below."""
+        """Return plain ASCII text with aligned columns, warnings above and notes below."""
         body = self.lines(plus_minus="+-")
         columns = list(zip(self.header, *body, strict=True))
         widths = [max([_header_width(title, cells), *map(len, cells)]) for title, *cells in columns]
@@ -63,7 +68,8 @@ class TextTable(ABC):
             for place in range(height)
         ]
         rule = "  ".join("-" * width for width in widths)
-        lines = [*(self._align(line, widths) for line in head), rule]
+        lines = [f"warning: {warning}" for warning in self.warnings]
+        lines += [*(self._align(line, widths) for line in head), rule]
         for place, line in enumerate(body):
             if place in self.breaks:
                 lines.append(rule)
@@ -71,7 +77,7 @@ class TextTable(ABC):
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def to_markdown(self) -> str:
-        """Return a GitHub table, notes as a list below."""
+        """Return a GitHub table, warnings above, notes as a list below."""
         num_left = self.num_label_columns
         align = ["---"] * num_left + ["---:"] * (len(self.header) - num_left)
         table = [
@@ -79,16 +85,24 @@ class TextTable(ABC):
             for line in (self.header, align, *self.lines())
         ]
         notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
-        return "\n".join(table + notes)
+        warnings = [f"> **Warning:** {warning}" for warning in self.warnings]
+        return "\n".join([*warnings, *([""] if warnings else []), *table, *notes])
 
     def to_rich(self) -> "rich.table.Table":
-        """Return a Rich table; the notes are its caption."""
+        """Return a Rich table; warnings are its title, the notes its caption."""
         from rich import box
         from rich.table import Table as RichTable
         from rich.text import Text
 
         caption = Text("\n".join(self.notes)) if self.notes else None
-        table = RichTable(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+        above = Text("\n".join(f"Warning: {warning}" for warning in self.warnings), "bold yellow")
+        table = RichTable(
+            box=box.SIMPLE_HEAD,
+            title=above if self.warnings else None,
+            title_justify="left",
+            caption=caption,
+            caption_justify="left",
+        )
         for place, title in enumerate(self.header):
             side = self._side(place)
             table.add_column(

@@ -7,11 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from dkl.reports.groups import Group, Spread, find_row, format_epsilon, group_runs
+from dkl.reports.likeness import Difference, row_differences
 from dkl.reports.masking import masking_notes
 from dkl.reports.records import ResultRow, Run
 from dkl.reports.rendering import PLUS_MINUS, TextTable
 
 FINE_SAMPLES = 5000  # from here on an image weighs 0.02 points: two decimals mean something
+NATS = "nats"
+# Measurements of predictions beside accuracies: title and unit, in the order of the columns.
+PREDICTIONS = {
+    "expected_calibration_error": ("ECE", "%"),
+    "negative_log_likelihood": ("NLL", NATS),
+    "teacher_agreement": ("agreement", "%"),
+    "teacher_kl": ("KL to teacher", NATS),
+}
 
 
 @dataclass(frozen=True)
@@ -22,11 +31,17 @@ class Column:
     norm: str | None
     epsilon: float | None
     title: str
+    unit: str = "%"
+
+    @property
+    def factor(self) -> float:
+        """From the value of a result row to the unit."""
+        return 100.0 if self.unit == "%" else 1.0
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """One recipe: a cell per column (None where there is no row), in percent."""
+    """One recipe: a cell per column (None where there is no row), in the unit of the column."""
 
     label: str
     settings_hash: str
@@ -38,17 +53,26 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Table(TextTable):
-    """What ``compare`` found, and how to show it; values are percent."""
+    """What ``compare`` found, and how to show it; values are percent unless a column says else.
+
+    ``differences`` keep the rows from being like for like.
+    """
 
     columns: tuple[Column, ...]
     rows: tuple[TableRow, ...]
     notes: tuple[str, ...]
     decimals: int = 1
+    differences: tuple[Difference, ...] = ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What keeps the rows from being like for like, in sentences."""
+        return tuple(difference.sentence for difference in self.differences)
 
     @property
     def header(self) -> list[str]:
         """Column titles."""
-        titles = [f"{column.title} (%)" for column in self.columns]
+        titles = [f"{column.title} ({column.unit})" for column in self.columns]
         return ["recipe", *titles, "seeds", "test images", "train (s)"]
 
     def lines(self, plus_minus: str = PLUS_MINUS) -> list[list[str]]:
@@ -57,8 +81,8 @@ class Table(TextTable):
             [
                 row.label,
                 *(
-                    show_spread(cell, len(row.seeds), self.decimals, plus_minus)
-                    for cell in row.cells
+                    show_spread(cell, len(row.seeds), self._decimals(column), plus_minus)
+                    for column, cell in zip(self.columns, row.cells, strict=True)
                 ),
                 str(len(row.seeds)),
                 _show_samples(row.num_samples),
@@ -67,8 +91,11 @@ class Table(TextTable):
             for row in self.rows
         ]
 
+    def _decimals(self, column: Column) -> int:
+        return self.decimals if column.unit == "%" else 3
+
     def to_json(self) -> str:
-        """Return everything as JSON: means and sample standard deviations in percent."""
+        """Return everything as JSON: means and sample standard deviations in percent or nats."""
         rows = [
             {
                 "recipe": row.label,
@@ -81,6 +108,7 @@ class Table(TextTable):
                         "norm": column.norm,
                         "epsilon": column.epsilon,
                         "num_samples": list(num_samples),
+                        "unit": "percent" if column.unit == "%" else column.unit,
                         **spread_json(cell),
                     }
                     for column, cell, num_samples in zip(
@@ -91,7 +119,13 @@ class Table(TextTable):
             }
             for row in self.rows
         ]
-        return json.dumps({"unit": "percent", "rows": rows, "notes": list(self.notes)}, indent=2)
+        document = {
+            "unit": "percent",
+            "differences": [vars(difference) for difference in self.differences],
+            "rows": rows,
+            "notes": list(self.notes),
+        }
+        return json.dumps(document, indent=2)
 
 
 def show_spread(
@@ -117,13 +151,14 @@ def compare(runs: Iterable[Run]) -> Table:
 
     Runs are grouped by recipe and settings, seeds apart; a cell is the mean over seeds with the
     sample standard deviation. Rows of the best checkpoint are taken, those of the last one where
-    there are no others. What makes numbers hard to compare stands in the notes.
+    there are no others. What keeps rows from being like for like (other data, epochs, models or
+    numbers of images) stands in the warnings, what else makes them hard to compare in the notes.
 
     Args:
         runs: at least one run.
 
     Returns:
-        The table, in percent.
+        The table, in percent (likelihoods and divergences in nats).
 
     Raises:
         ValueError: no runs.
@@ -148,8 +183,8 @@ def compare(runs: Iterable[Run]) -> Table:
             settings_hash=group.runs[0].settings_hash,
             seeds=tuple(sorted(run.seed for run in group.runs)),
             cells=tuple(
-                Spread.of([100 * row.value for row in found]) if found else None
-                for found in chosen[group.label]
+                Spread.of([column.factor * row.value for row in found]) if found else None
+                for column, found in zip(columns, chosen[group.label], strict=True)
             ),
             num_samples=tuple(
                 tuple(sorted({row.num_samples for row in found})) for found in chosen[group.label]
@@ -158,9 +193,13 @@ def compare(runs: Iterable[Run]) -> Table:
         )
         for group in groups
     )
+    apart = row_differences(groups, chosen, [column.title for column in columns])
+    above = tuple(f"The recipes differ in {one.aspect} (" for one in apart)
+    notes = [note for note in notes if not note.startswith(above)]
     notes = _threat_note(columns) + notes + _doubts(groups, columns, chosen)
     fewest = min((num for row in rows for nums in row.num_samples for num in nums), default=0)
-    return Table(tuple(columns), rows, tuple(notes), 2 if fewest >= FINE_SAMPLES else 1)
+    decimals = 2 if fewest >= FINE_SAMPLES else 1
+    return Table(tuple(columns), rows, tuple(notes), decimals, apart)
 
 
 def describe_metric(metric: str) -> tuple[int, int, str] | None:
@@ -172,6 +211,9 @@ def describe_metric(metric: str) -> tuple[int, int, str] | None:
     """
     whole = {
         "clean_accuracy": (0, 0, "clean"),
+        "many_accuracy": (0, 1, "many"),
+        "medium_accuracy": (0, 2, "medium"),
+        "few_accuracy": (0, 3, "few"),
         "square_accuracy": (3, 0, "Square"),
         "auto_attack_fast_accuracy": (4, 0, "AutoAttack-fast"),
         "auto_attack_accuracy": (5, 0, "AutoAttack"),
@@ -183,20 +225,27 @@ def describe_metric(metric: str) -> tuple[int, int, str] | None:
     return whole.get(metric)
 
 
+def _describe_column(metric: str) -> tuple[int, int, str] | None:
+    if metric in PREDICTIONS:
+        return 9, [*PREDICTIONS].index(metric), PREDICTIONS[metric][0]
+    return describe_metric(metric)
+
+
 def _columns(groups: Sequence[Group]) -> list[Column]:
     found = {
         (*described, row.norm or "", row.epsilon or 0.0): row
         for group in groups
         for run in group.runs
         for row in run.results
-        if row.split == "test" and (described := describe_metric(row.metric))
+        if row.split == "test" and (described := _describe_column(row.metric))
     }
     threats = {(row.norm, row.epsilon) for row in found.values() if row.epsilon is not None}
     columns = []
     for (_, _, title, _, _), row in sorted(found.items(), key=lambda item: item[0]):
         several = row.epsilon is not None and len(threats) > 1
         threat = f" {row.norm} {format_epsilon(row.epsilon or 0.0)}" if several else ""
-        columns.append(Column(row.metric, row.norm, row.epsilon, title + threat))
+        unit = PREDICTIONS.get(row.metric, ("", "%"))[1]
+        columns.append(Column(row.metric, row.norm, row.epsilon, title + threat, unit))
     return columns
 
 
@@ -268,19 +317,13 @@ def _sample_notes(
     columns: Sequence[Column], chosen: Mapping[str, Sequence[Sequence[ResultRow]]]
 ) -> list[str]:
     shown = {}
-    notes = []
     for place, column in enumerate(columns):
         numbers = {row.num_samples for rows in chosen.values() for row in rows[place]}
         shown[column.title] = " and ".join(map(str, sorted(numbers)))
-        if len(numbers) > 1:
-            notes.append(
-                f"{column.title}: runs were measured on different numbers of images "
-                f"({shown[column.title]})."
-            )
-    if len(set(shown.values())) > 1:
-        parts = ", ".join(f"{title} {numbers}" for title, numbers in shown.items())
-        notes.append(f"Test images: {parts}.")
-    return notes
+    if len(set(shown.values())) < 2:
+        return []
+    parts = ", ".join(f"{title} {numbers}" for title, numbers in shown.items())
+    return [f"Test images: {parts}."]
 
 
 def _rows_per_run(

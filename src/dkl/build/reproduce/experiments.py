@@ -20,11 +20,14 @@ class Row:
         overrides: ``key=value`` laid over it. Those of ``evaluation.`` change what is measured, not
             what is trained.
         scaled: numbers of the recipe by key, and the factor each is multiplied by.
+        teacher: key of the row whose run of the first seed teaches all seeds of this one; "" where
+            the recipe says where its teacher comes from, or has none.
     """
 
     recipe: str
     overrides: tuple[str, ...] = ()
     scaled: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    teacher: str = ""
 
 
 Rows = Mapping[str, Row]
@@ -105,6 +108,16 @@ def _attacked(rows: Rows, keys: tuple[str, ...]) -> dict[str, Row]:
 
 _ATTACKED_KEYS = ("trades", "ikl_at", "ikl_at_autoaugment", "ikl_at_generated")
 
+_STUDENTS = (
+    "fitnet", "rkd", "crd", "ofd", "reviewkd", "at", "dkd", "dist", "kd", "jsd_kd", "ikl_kd",
+    "gkl_kd",
+)  # fmt: skip
+_SMALL_DISTILLATION = {
+    "teacher": Row("fashion_mnist_teacher_small"),
+    "student": Row("fashion_mnist_student_small"),
+    **{key: Row(f"fashion_mnist_{key}_small", teacher="teacher") for key in _STUDENTS},
+}
+
 EXPERIMENTS: dict[str, dict[str, Rows]] = {
     "robust-ablation": {"small": _SMALL_ABLATION, "paper": _PAPER_ABLATION},
     "robust-methods": {"small": _SMALL_METHODS, "paper": _PAPER_METHODS},
@@ -121,9 +134,10 @@ EXPERIMENTS: dict[str, dict[str, Rows]] = {
         "small": _attacked(_SMALL_METHODS, _ATTACKED_KEYS),
         "paper": _attacked(_PAPER_METHODS, _ATTACKED_KEYS),
     },
+    "distillation": {"small": _SMALL_DISTILLATION},
 }
 
-_BASELINES = {"robust-ablation": "kl"}
+_BASELINES = {"robust-ablation": "kl", "distillation": "kd"}
 
 
 def baseline_of(experiment: str) -> str:

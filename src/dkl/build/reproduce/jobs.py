@@ -14,6 +14,7 @@ from dkl.reports.origin import NOT_SETTINGS, PLACES
 # The one part of `evaluation` that training reads is what its validation attack is.
 _MEASURED_LATER = "evaluation."
 _READ_BY_TRAINING = "evaluation.validation_"
+_TEACHER_RUN = "method.teacher.run"
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Job:
         folder: the run folder.
         evaluations: overrides of each evaluation, in order; the empty one is the recipe's own.
         rows: keys of the rows that it serves.
+        teacher: the run folder of its teacher, which has to be trained first; None without.
     """
 
     recipe: str
@@ -35,6 +37,7 @@ class Job:
     folder: Path
     evaluations: tuple[tuple[str, ...], ...]
     rows: tuple[str, ...]
+    teacher: Path | None = None
 
     @property
     def seed(self) -> int:
@@ -77,7 +80,10 @@ def plan_jobs(
     training, measuring = _sorted_overrides(overrides)
     first: dict[Path, Job] = {}
     for key, row in rows.items():
-        job = _job(key, row, out, training, measuring)
+        teacher = _teacher_of(row, first, seeds)
+        taught = () if teacher is None else (f"{_TEACHER_RUN}={json.dumps(str(teacher))}",)
+        complete = replace(row, overrides=(*row.overrides, *taught))
+        job = replace(_job(key, complete, out, training, measuring), teacher=teacher)
         if (known := first.get(job.folder)) is not None:
             if known.wanted != job.wanted:
                 raise ValueError(
@@ -87,7 +93,21 @@ def plan_jobs(
             evaluations = tuple(dict.fromkeys((*known.evaluations, *job.evaluations)))
             job = replace(known, evaluations=evaluations, rows=(*known.rows, key))
         first[job.folder] = job
-    return [_with_seed(job, seed) for seed in seeds for job in first.values()]
+    teaching = {job.teacher.parent for job in first.values() if job.teacher is not None}
+    return [
+        _with_seed(job, seed)
+        for seed in seeds
+        for job in first.values()
+        if seed == seeds[0] or job.folder not in teaching
+    ]
+
+
+def _teacher_of(row: Row, before: Mapping[Path, Job], seeds: Sequence[int]) -> Path | None:
+    """Return where a row's teacher will lie: a run of an earlier row, of the first seed."""
+    if not row.teacher:
+        return None
+    folder = next(job.folder for job in before.values() if row.teacher in job.rows)
+    return folder / f"seed_{seeds[0]}"
 
 
 def _with_seed(job: Job, seed: int) -> Job:

@@ -145,8 +145,14 @@ def _start_more(
 ) -> None:
     if deadline is not None and time.monotonic() >= deadline:
         waiting.clear()
-    while waiting and len(active) < num_parallel and not stop.requested:
-        worker = waiting.popleft()
+    while len(active) < num_parallel and not stop.requested:
+        unfinished = {worker.job.folder for worker in (*waiting, *active)}
+        # Students wait for their teacher; where it failed, theirs is the error.
+        ready = (worker for worker in waiting if worker.job.teacher not in unfinished)
+        worker = next(ready, None)
+        if worker is None:
+            return
+        waiting.remove(worker)
         worker.start()
         active.append(worker)
 
