@@ -159,6 +159,18 @@ def test_overrides_reach_null_sections_and_replace_whole_ones():
     assert recipe.averaging is None
 
 
+def test_one_key_makes_the_data_long_tailed():
+    data = load_recipe("digits_natural", ["data.long_tailed.imbalance=10"]).data
+    assert (data.long_tailed.kind, data.long_tailed.seed, data.is_long_tailed) == (
+        "exponential",
+        0,
+        True,
+    )
+    assert not load_recipe("digits_natural").data.is_long_tailed
+    fewer = ["data.long_tailed={}", "evaluation.shot_thresholds=[5, 50]"]
+    assert load_recipe("digits_natural", fewer).evaluation.shot_thresholds == (5, 50)
+
+
 def test_yaml_reads_no_as_false_but_mixed_precision_means_the_word():
     assert (
         load_recipe("digits_trades", ["training.mixed_precision=no"]).training.mixed_precision
@@ -287,6 +299,16 @@ def test_wrong_values_get_a_message_that_helps(overrides, key, message):
         (["data.folder=x"], "data.folder"),
         (["data.download=true"], "data.download"),
         (["data.augment.padding=0", "data.augment.flip=false"], "data.augment.padding"),
+        (["data.long_tailed={power: 2}"], "data.long_tailed.power"),
+        (["data.long_tailed={max_per_class: 50}"], "data.long_tailed.imbalance"),
+        (["data.long_tailed={imbalance: 0.5}"], "data.long_tailed.imbalance = 0.5"),
+        (["data.class_balanced={power: 1.5}"], "data.class_balanced.power = 1.5"),
+        (["data.class_balanced={}", "data.generated={parts: [a]}"], "data.class_balanced"),
+        (["evaluation.shot_thresholds=[20, 50]"], "evaluation.shot_thresholds"),
+        (
+            ["data.long_tailed={}", "evaluation.shot_thresholds=[50, 20]"],
+            "evaluation.shot_thresholds",
+        ),
         (["evaluation.pgd_steps=[]"], "evaluation.sweep"),
         (["evaluation.step_size=null"], "evaluation.step_size"),
         (["evaluation.eps=8"], "evaluation.eps"),

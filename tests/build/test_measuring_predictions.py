@@ -110,7 +110,7 @@ def test_a_teacher_beside_the_run_and_one_that_is_gone(run: Path, trained: Path)
     text = (run / "recipe.yaml").read_text()
     assert f"run: {trained / 'teacher'}" in text
     (run / "recipe.yaml").write_text(text.replace(f"run: {trained / 'teacher'}", "run: null"))
-    with pytest.raises(ValueError, match="teacher is not there.*trains none.*teacher.run=DIR"):
+    with pytest.raises(ValueError, match=r"teacher is not there.*trains none.*teacher\.run=DIR"):
         evaluate_run(run, recipe_overrides=BOTH)
     assert not (run / "teacher").exists()
     shutil.copytree(trained / "teacher", run / "teacher", symlinks=True)
@@ -137,7 +137,7 @@ def test_weights_of_a_file_and_a_teacher_of_a_file(tmp_path: Path) -> None:
 
 
 def test_fidelity_needs_a_teacher() -> None:
-    with pytest.raises(RecipeError, match="evaluation.fidelity.*method natural has none"):
+    with pytest.raises(RecipeError, match=r"evaluation\.fidelity.*method natural has none"):
         load_recipe("digits_natural", ["evaluation.fidelity=true"])
     assert load_recipe("digits_kd", ["evaluation.fidelity=true"]).evaluation.fidelity
     assert not load_recipe("digits_kd").evaluation.calibration

@@ -36,6 +36,7 @@ from dkl.config import (
 )
 from dkl.data import ImageData, load_data, split_validation, write_npz
 from dkl.engine import find_checkpoint
+from dkl.models import save_weights
 
 SHAPES = {
     "digits": (1, 8, 8, 10),
@@ -44,6 +45,18 @@ SHAPES = {
     "cifar100": (3, 32, 32, 100),
 }
 NUM_TRAIN, BATCH = 24, 8
+SMALL_TIMM = {
+    "timm/beitv2_large_patch16_224": {"embed_dim": 24, "depth": 1, "num_heads": 2, "img_size": 32},
+    **{
+        f"timm/{name}": {"layers": (1, 1, 1, 1), "channels": channels}
+        for name, channels in {
+            "resnet18": (8, 8, 16, 16),
+            "resnet34": (8, 8, 16, 16),
+            "resnet50": (4, 4, 8, 8),
+            "resnext101_32x4d": (32, 32, 32, 32),
+        }.items()
+    },
+}
 CIFAR_FILES = {
     "cifar10": ("batches.meta", "label_names", "labels"),
     "cifar100": ("meta", "fine_label_names", "fine_labels"),
@@ -99,7 +112,9 @@ def small_model(settings: ModelSettings) -> ModelSettings:
     changes: dict[str, Any] = {}
     if settings.name.startswith("wrn_"):
         changes["name"] = "wrn_10_1_silu" if settings.name.endswith("_silu") else "wrn_10_1"
-    elif settings.name in ("resnet18_cifar", "resnet50_cifar"):
+    elif settings.name.startswith("timm/"):
+        changes["kwargs"] = {**settings.kwargs, **SMALL_TIMM[settings.name]}
+    elif settings.name in ("resnet18_cifar", "resnet50_cifar", "mobilenet_v1"):
         changes["kwargs"] = {**settings.kwargs, "width": 4}
     elif settings.name.startswith("vgg"):
         changes |= {"name": "vgg8", "kwargs": {**settings.kwargs, "width": 4}}
@@ -134,14 +149,19 @@ def teacher_model(method: MethodSettings) -> ModelSettings | None:
 
 
 def write_teacher(method: MethodSettings, data: ImageData, folder: Path) -> None:
-    """Write the weights of the teacher, if they are a file, as mdistiller publishes them."""
+    """Write the weights of the teacher, if they are a file, in the format they are published in."""
     model = teacher_model(method)
     if model is None:
         return
     file = folder / method.teacher.checkpoint
     file.parent.mkdir(parents=True)
     weights = build_model(model, data, 5).state_dict()
-    torch.save({"epoch": 240, "model": weights, "accuracy": 70.0, "optimizer": {}}, file)
+    if file.suffix == ".safetensors":
+        save_weights(weights, file)
+    elif file.name.startswith("ckpt_epoch"):
+        torch.save({"epoch": 240, "model": weights, "accuracy": 70.0, "optimizer": {}}, file)
+    else:
+        torch.save(weights, file)
 
 
 def shorten(recipe: Recipe, num_steps: int = 2) -> Recipe:

@@ -22,8 +22,10 @@ def folders(jobs):
 
 
 def test_every_experiment_has_both_scales():
-    assert set(EXPERIMENTS) == NAMES
-    for name, scales in EXPERIMENTS.items():
+    others = {name for name in EXPERIMENTS if name.startswith(("distillation", "long-tailed"))}
+    assert set(EXPERIMENTS) == NAMES | others
+    for name in NAMES:
+        scales = EXPERIMENTS[name]
         assert tuple(scales) == SCALES
         if name != "hyperparameters":
             assert all(baseline_of(name) in rows for rows in scales.values())

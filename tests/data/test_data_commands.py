@@ -10,9 +10,9 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from dkl.cli.data import convert, convert_carmon
+from dkl.cli.data import convert, convert_carmon, show_long_tailed
 from dkl.cli.errors import Commands, common_options
-from dkl.data import GeneratedImages
+from dkl.data import GeneratedImages, class_sizes
 
 
 @pytest.fixture
@@ -21,6 +21,7 @@ def app() -> typer.Typer:
     made.callback()(common_options)
     made.command("convert")(convert)
     made.command("convert-carmon")(convert_carmon)
+    made.command("long-tailed")(show_long_tailed)
     return made
 
 
@@ -83,3 +84,24 @@ def test_errors_are_one_message(app: typer.Typer, tmp_path: Path) -> None:
         assert message in done.stderr
         assert "Traceback" not in done.output
         assert done.stdout == ""
+
+
+def test_long_tailed(app: typer.Typer) -> None:
+    arguments = ["long-tailed", "digits", "--imbalance", "20", "--max-per-class", "120"]
+    sizes = class_sizes(120, 10, 20)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    lines = [line.split() for line in done.stdout.splitlines() if line.strip()]
+    assert ["0", "120", "many"] in lines
+    assert ["9", "6", "few"] in lines
+    assert [str(sum(sizes)), "images"] in lines
+
+    content = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert content["images"] == sum(sizes)
+    assert tuple(one["images"] for one in content["classes"]) == sizes
+    groups = ["many" if size > 100 else "few" if size < 20 else "medium" for size in sizes]
+    assert [one["group"] for one in content["classes"]] == groups
+
+    wrong = CliRunner().invoke(app, ["long-tailed", "digits", "--imbalance", "1000"])
+    assert wrong.exit_code != 0
+    assert "imbalance must lie in 1 to" in wrong.stderr

@@ -157,7 +157,8 @@ def test_other_teachers_are_named(write_run):
 
     plain = read_run(write_run("digits_natural"))
     first, moved, other = of("a"), of("b", run="elsewhere"), of("c", recipe="deep")
-    assert not any("teacher" in note for note in compare([plain, first, moved]).notes)
+    notes = compare([plain, first, moved]).notes
+    assert not any("differ in teacher" in note for note in notes)
     notes = [note for note in compare([plain, first, other]).notes if "differ in teacher" in note]
     assert len(notes) == 1
     assert "wide" in notes[0]

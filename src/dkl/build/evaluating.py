@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dkl import config
+from dkl import config, evaluation
 from dkl.build.checks import check_classes, measurable
 from dkl.build.measuring import Ledger, Progress, Subject, measure
 from dkl.build.measuring_attacks import accuracy_units
 from dkl.build.measuring_checks import Surrogate, check_units
 from dkl.build.measuring_predictions import MeasuredTeacher, prediction_units
+from dkl.build.measuring_shots import shot_units
 from dkl.build.objects import Splits, build_data, build_model
 from dkl.build.runs import (
     RECIPE_FILE,
@@ -205,6 +206,7 @@ def _measure(
     # Made before the first measurement, so that what is missing is found before the work begins.
     units = [
         *accuracy_units(subject),
+        *shot_units(subject, _train_counts(recipe, splits)),
         *prediction_units(subject, _teacher(measured, splits, device)),
         *check_units(subject, surrogate),
     ]
@@ -236,6 +238,13 @@ def _on_device(model: nn.Module, device: torch.device, *, channels_last: bool) -
     if channels_last:
         model.to(memory_format=torch.channels_last)
     return measurable(model.to(device).eval())
+
+
+def _train_counts(recipe: config.Recipe, splits: Splits) -> Tensor | None:
+    """Return the training images of each class where these are long-tailed."""
+    if not recipe.data.is_long_tailed:
+        return None
+    return evaluation.class_counts(splits.train.labels.cpu(), splits.train.num_classes)
 
 
 def _teacher(measured: _Measured, splits: Splits, device: torch.device) -> MeasuredTeacher | None:

@@ -13,11 +13,13 @@ from dkl import config
 from dkl.attacks import AdversarialWeightPerturbation
 from dkl.data import (
     Augment,
+    ClassBalancedSource,
     GeneratedImages,
     ImageData,
     MixedSource,
     cutmix,
     load_data,
+    long_tailed,
     make_augment,
     mixup_or_cutmix,
     split_validation,
@@ -48,9 +50,17 @@ class Splits:
 
 
 def build_data(settings: config.DataSettings, seed: int) -> Splits:
-    """Read the dataset and hold the validation part out of its training data."""
+    """Read the dataset and hold the validation part out of its training data.
+
+    In this order: validation is held out, ``train_limit`` takes the first images of the rest, and
+    of these ``long_tailed`` keeps a part. So validation stays as balanced as the dataset is, and
+    classes have exactly the sizes of the long tail.
+    """
     train, test = load_data(settings.name, folder=settings.folder, download=settings.download)
-    validation = None
+    tail, validation = settings.long_tailed, None
+    if tail is not None and tail.seed is not None:
+        # What is held out decides what is left to keep: one seed for both is one split.
+        seed = tail.seed
     if settings.validation_fraction > 0:
         train, validation = split_validation(train, settings.validation_fraction, seed)
     unused = None
@@ -59,6 +69,8 @@ def build_data(settings: config.DataSettings, seed: int) -> Splits:
     if generated is not None and generated.held_out and limit is not None and limit < len(train):
         unused = train.subset(torch.arange(limit, len(train)))
     train, test = _first(train, limit), _first(test, settings.test_limit)
+    if tail is not None:
+        train = long_tailed(train, seed=seed, **tail.model_dump(exclude={"seed"}))
     return Splits(train, validation, test, unused)
 
 
@@ -68,8 +80,8 @@ def _first(data: ImageData, limit: int | None) -> ImageData:
 
 def build_source(
     settings: config.DataSettings, splits: Splits, batch_size: int, folder: Path
-) -> ImageData | MixedSource:
-    """Return what the loop trains on: the real images, or those mixed with generated ones.
+) -> ImageData | MixedSource | ClassBalancedSource:
+    """Return what the loop trains on: the real images, drawn class by class or mixed with others.
 
     Args:
         settings: of the data.
@@ -80,7 +92,9 @@ def build_source(
     Raises:
         ValueError: files that are missing or do not fit.
     """
-    generated, train = settings.generated, splits.train
+    generated, balanced, train = settings.generated, settings.class_balanced, splits.train
+    if balanced is not None:
+        return ClassBalancedSource(train, **balanced.model_dump())
     if generated is None:
         return train
     parts = [Path(part).expanduser() for part in generated.parts]

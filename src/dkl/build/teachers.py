@@ -1,16 +1,19 @@
 """The teacher of a run, loaded from where its recipe says; nothing is trained here."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from dkl import config
+from dkl import config, evaluation
 from dkl.build.objects import build_data, load_teacher_checkpoint
 from dkl.build.runs import RECIPE_FILE, hash_weights, load_run_model, read_recipe
 from dkl.data import ImageData
 
 TEACHER_FOLDER = "teacher"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,33 @@ def load_teacher(recipe: config.Recipe, folder: Path, data: ImageData) -> Teache
     # Its own training images, whose mean and deviation its weights were trained with.
     places = {"folder": recipe.data.folder, "download": recipe.data.download}
     own = build_data(teaching.data.model_copy(update=places), teaching.seed)
+    _tell_other_sizes(run, own.train, data, teaching.data.long_tailed, recipe.data.long_tailed)
     model, weights_hash = load_run_model(run, teaching, own.train, which)
     source = f"{teaching.name}, seed {teaching.seed}, {which} checkpoint"
     return Teacher(model, source, weights_hash, teaching.training.channels_last)
+
+
+def _tell_other_sizes(
+    run: Path,
+    taught: ImageData,
+    data: ImageData,
+    tail: config.LongTailedSettings | None,
+    own_tail: config.LongTailedSettings | None,
+) -> None:
+    """Say that a teacher has seen another long tail than its student, or none, which is allowed.
+
+    Args:
+        run: of the teacher.
+        taught: its training images.
+        data: those of the student.
+        tail: settings of the teacher's long tail.
+        own_tail: likewise of the student.
+    """
+    if tail == own_tail:
+        return
+    counts, own = (evaluation.class_counts(one.labels, one.num_classes) for one in (taught, data))
+    logger.warning(
+        "the teacher of %s was trained on %d to %d images of each class, its student on %d to %d",
+        run,
+        *(int(count) for count in (counts.min(), counts.max(), own.min(), own.max())),
+    )

@@ -5,7 +5,7 @@ import os
 import typer
 
 from dkl.cli.bench import bench_evaluate, bench_linear, bench_losses, bench_train
-from dkl.cli.data import convert, convert_carmon
+from dkl.cli.data import convert, convert_carmon, show_long_tailed
 from dkl.cli.errors import Commands, common_options
 from dkl.cli.evaluating import evaluate
 from dkl.cli.export import export
@@ -13,6 +13,7 @@ from dkl.cli.processes import leave
 from dkl.cli.recipes import copy_recipe, list_recipes, show_recipe
 from dkl.cli.reproduce import reproduce
 from dkl.cli.results import compare, report
+from dkl.cli.teachers import check_teachers, list_teachers
 from dkl.cli.training import train, tune
 
 
@@ -85,7 +86,10 @@ app.command(
     )
 )(export)
 
-_data = typer.Typer(no_args_is_help=True, help="Prepare files of generated or unlabelled images.")
+_data = typer.Typer(
+    no_args_is_help=True,
+    help="Prepare files of generated or unlabelled images; long-tailed splits.",
+)
 _data.command("convert", epilog=_examples("dkl data convert 50m_part1.npz --out converted"))(
     convert
 )
@@ -93,12 +97,24 @@ _data.command(
     "convert-carmon",
     epilog=_examples("dkl data convert-carmon ti_500K_pseudo_labeled.pickle --out carmon.npz"),
 )(convert_carmon)
+_data.command(
+    "long-tailed",
+    epilog=_examples(
+        "dkl data long-tailed cifar100 --imbalance 100",
+        "dkl data long-tailed fashion_mnist --kind pareto --json",
+    ),
+)(show_long_tailed)
 app.add_typer(_data, name="data")
 
 _recipes = typer.Typer(
     no_args_is_help=True, help="List, show and copy the recipes that come with dkl."
 )
-_recipes.command("list")(list_recipes)
+_recipes.command(
+    "list",
+    epilog=_examples(
+        "dkl recipes list", "dkl recipes list digits", "dkl recipes list 'cifar100_ikl_kd_*'"
+    ),
+)(list_recipes)
 _recipes.command(
     "show",
     epilog=_examples("dkl recipes show digits_ikl_at", "dkl recipes show cifar100_ikl_at --full"),
@@ -107,6 +123,17 @@ _recipes.command("copy", epilog=_examples("dkl recipes copy digits_ikl_at my_rec
     copy_recipe
 )
 app.add_typer(_recipes, name="recipes")
+
+_teachers = typer.Typer(
+    no_args_is_help=True, help="List and check the published teachers that recipes use."
+)
+_teachers.command("list", epilog=_examples("dkl teachers list", "dkl teachers list --json"))(
+    list_teachers
+)
+_teachers.command("check", epilog=_examples("dkl teachers check", "dkl teachers check /data/kd"))(
+    check_teachers
+)
+app.add_typer(_teachers, name="teachers")
 
 _bench = typer.Typer(
     no_args_is_help=True,

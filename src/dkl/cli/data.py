@@ -1,11 +1,12 @@
-"""Commands that bring generated data into a form from which single images can be read."""
+"""Commands about data: generated images made readable one by one, sizes of long-tailed splits."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,8 +16,9 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Table
 
-from dkl.cli.output import print_json, say
+from dkl.cli.output import print_json, print_table, say
 from dkl.cli.training import AsJson
 
 
@@ -59,6 +61,60 @@ def convert_carmon(
         raise typer.BadParameter(f"{out} exists; move it away", param_hint="--out")
     say(f"Reading {file}")
     _print_paths([convert_pickle(file, out)], as_json)
+
+
+def show_long_tailed(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A dataset, such as cifar100.")],
+    imbalance: Annotated[
+        float, typer.Option(help="Images of the largest class over those of the smallest.")
+    ] = 100.0,
+    kind: Annotated[
+        Literal["exponential", "pareto"], typer.Option(help="Shape of the tail.")
+    ] = "exponential",
+    power: Annotated[float | None, typer.Option(help="Of pareto. (default: 6)")] = None,
+    max_per_class: Annotated[
+        int | None,
+        typer.Option(help="Images of the largest class. (default: what every class has)"),
+    ] = None,
+    shuffle_classes: Annotated[
+        bool, typer.Option("--shuffle-classes", help="Let the seed order the classes.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Which images are kept.")] = 0,
+    folder: Annotated[Path | None, typer.Option(help="Where the files are.")] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch the files if they are not there.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print how many images each class of a long-tailed split of all training images has.
+
+    A run holds validation images out first: its classes are smaller by
+    data.validation_fraction.
+    """
+    from dkl.build import long_tailed_classes
+
+    classes = long_tailed_classes(
+        name,
+        folder=folder,
+        download=download,
+        imbalance=imbalance,
+        kind=kind,
+        power=power,
+        max_per_class=max_per_class,
+        shuffle_classes=shuffle_classes,
+        seed=seed,
+    )
+    total = sum(one["images"] for one in classes)
+    if as_json:
+        print_json({"name": name, "images": total, "classes": classes})
+        return
+    table = Table(box=box.SIMPLE_HEAD, caption=f"{total} images", caption_justify="left")
+    table.add_column("class")
+    table.add_column("images", justify="right")
+    table.add_column("group")
+    for one in classes:
+        table.add_row(one["class_name"], str(one["images"]), one["group"])
+    print_table(table)
 
 
 @contextmanager

@@ -78,6 +78,10 @@ def reproduce(
             raise typer.BadParameter(str(error), param_hint="NAME") from None
         folder = out or Path("runs") / f"reproduce-{scale}"
         chosen = _choose(only, rows)
+        if name in engine.COSTS:
+            wanted_rows = {key: row for key, row in rows.items() if key in chosen}
+            _report_costs(name, scale, wanted_rows, folder / name, seeds, overrides, as_json)
+            return
         planned = engine.plan_jobs(
             rows, seeds=parse_seeds(seeds), out=folder, overrides=overrides or []
         )
@@ -103,6 +107,30 @@ def reproduce(
         print_table(table.to_rich())
     if result is not None:
         _leave(result)
+
+
+def _report_costs(
+    name: str,
+    scale: str,
+    rows: "Mapping[str, Row]",
+    folder: Path,
+    seeds: str,
+    overrides: "list[str] | None",
+    as_json: bool,
+) -> None:
+    """Time the steps of all rows in one run, as often as there are seeds, and print the table."""
+    from dkl.build import reproduce as engine
+
+    runs = engine.measure_costs(
+        rows, folder, rounds=len(parse_seeds(seeds)), overrides=tuple(overrides or ()), progress=say
+    )
+    table = engine.make_table(name, runs)
+    for file in engine.save_outcome(name, runs, table, folder):
+        say(f"Wrote {file}")
+    if as_json:
+        print_json(_document(name, scale, folder, None, engine.table_document(table)))
+    else:
+        print_table(table.to_rich())
 
 
 def _choose(only: str | None, rows: "Mapping[str, Row]") -> set[str]:

@@ -11,7 +11,14 @@ from dkl.config.adversarial import (
     TRADES,
     AttackSettings,
 )
-from dkl.config.data import AugmentSettings, DataSettings, GeneratedSettings, ModelSettings
+from dkl.config.data import (
+    AugmentSettings,
+    ClassBalancedSettings,
+    DataSettings,
+    GeneratedSettings,
+    LongTailedSettings,
+    ModelSettings,
+)
 from dkl.config.distillation import (
     AT,
     CRD,
@@ -86,6 +93,7 @@ __all__ = [
     "AugmentSettings",
     "AveragingSettings",
     "Choices",
+    "ClassBalancedSettings",
     "Constant",
     "Cosine",
     "DataSettings",
@@ -93,6 +101,7 @@ __all__ = [
     "FitNet",
     "GeneratedSettings",
     "Lamb",
+    "LongTailedSettings",
     "MethodSettings",
     "ModelSettings",
     "Natural",

@@ -7,6 +7,8 @@ from pydantic import Field
 
 from dkl.config.base import Count, CountOrZero, Number, PositiveNumber, Problem, Section
 
+_LONG_TAILED = frozenset({"imagenet_lt"})  # datasets that are published so
+
 
 class AugmentSettings(Section):
     """Augmentation of training images: AutoAugment policy, crop, mirror, cutout, mixing, in order.
@@ -71,6 +73,49 @@ class GeneratedSettings(Section):
             yield "held_out", "would be ignored: parts are given; set one of the two"
 
 
+class LongTailedSettings(Section):
+    """Which part of the training images is kept, so that classes have long-tailed sizes.
+
+    Args:
+        imbalance: images of the largest class over those of the smallest.
+        kind: "exponential" (CIFAR-LT) or "pareto" (as ImageNet-LT); see ``dkl.data.class_sizes``.
+        power: of "pareto"; null means 6.
+        max_per_class: images of the largest class; null means as many as every class has.
+        shuffle_classes: let the seed order the classes; otherwise class 0 is the largest.
+        seed: which images are kept and which are held out for validation, the same for all seeds of
+            a recipe; null takes the recipe's seed, so that each run has a split of its own.
+    """
+
+    imbalance: Annotated[Number, Field(ge=1)] = 100.0
+    kind: Literal["exponential", "pareto"] = "exponential"
+    power: Annotated[Number, Field(ge=0.1, le=1000)] | None = None
+    max_per_class: Count | None = None
+    shuffle_classes: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = 0
+
+    def problems(self) -> Iterator[Problem]:  # noqa: D102
+        if self.power is not None and self.kind != "pareto":
+            yield "power", f"would be ignored: it belongs to kind pareto, not {self.kind}"
+        if self.max_per_class is not None and self.imbalance > self.max_per_class:
+            yield (
+                "imbalance",
+                f"must be at most max_per_class ({self.max_per_class}), so that the smallest class "
+                "keeps an image",
+            )
+
+
+class ClassBalancedSettings(Section):
+    """Class-balanced sampling: a class of n training images has a share ~ n^power of the draws.
+
+    Args:
+        power: 0 draws all classes alike, 1/2 is square-root sampling, 1 draws all images alike.
+        samples_per_epoch: draws of an epoch; null means as many as there are training images.
+    """
+
+    power: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    samples_per_epoch: Count | None = None
+
+
 class DataSettings(Section):
     """The dataset and how it is split.
 
@@ -84,6 +129,10 @@ class DataSettings(Section):
         augment: augmentation of training images; null means none.
         views: further augmentations of the same images, for methods that train on several views.
         generated: generated images mixed into every batch; null means none.
+        long_tailed: keep a long-tailed part of the images that ``validation_fraction`` and
+            ``train_limit`` leave for training; null means all. Validation and test stay as they
+            are.
+        class_balanced: draw training images class by class; null means each once an epoch.
     """
 
     name: Literal["digits", "fashion_mnist", "cifar10", "cifar100"]
@@ -95,6 +144,13 @@ class DataSettings(Section):
     augment: AugmentSettings | None = None
     views: Annotated[tuple[AugmentSettings, ...], Field(strict=False)] = ()
     generated: GeneratedSettings | None = None
+    long_tailed: LongTailedSettings | None = None
+    class_balanced: ClassBalancedSettings | None = None
+
+    @property
+    def is_long_tailed(self) -> bool:
+        """Whether classes differ so much in size that each group of sizes is measured."""
+        return self.long_tailed is not None or self.name in _LONG_TAILED
 
     def problems(self) -> Iterator[Problem]:  # noqa: D102
         for number, view in enumerate(self.views):
@@ -103,6 +159,13 @@ class DataSettings(Section):
                     yield f"views.{number}.{key}", "labels are those of the images; leave it 0"
         if self.generated is not None and self.generated.held_out and self.train_limit is None:
             yield "train_limit", "needed by generated.held_out, which takes the images beyond it"
+        if self.class_balanced is not None and self.generated is not None:
+            yield (
+                "class_balanced",
+                "must be null beside generated, whose share of every batch decides what is drawn",
+            )
+        if self.long_tailed is not None and self.name in _LONG_TAILED:
+            yield "long_tailed", f"must be null: {self.name} is long-tailed already"
         if self.name == "digits":
             reason = "would be ignored: digits comes with scikit-learn"
             if self.folder is not None:

@@ -20,6 +20,7 @@ Counts = Annotated[tuple[Count, ...], Field(strict=False)]
 Epsilons = Annotated[tuple[NonNegativeNumber, ...], Field(strict=False)]
 
 
+SHOT_THRESHOLDS = (20, 100)  # as published for ImageNet-LT
 SweepAttack = Literal["pgd", "cw", "auto_attack_fast", "auto_attack"]
 
 
@@ -44,6 +45,8 @@ class EvaluationSettings(Section):
             clean and under PGD with the most of ``pgd_steps``; 0 means none.
         calibration: calibration error, reliability and likelihood on clean images.
         fidelity: how closely the student follows its teacher on clean images.
+        shot_thresholds: for long-tailed data; with ``clean``, the accuracy on classes with fewer
+            training images than the first ("few"), more than the second ("many"), and others.
         batch_size: images attacked at a time.
         validation_attack_steps: PGD steps of the robust validation accuracy; 0 means none.
         validation_attack: what that attack maximises: "margin" (CW) or "ce" (PGD). The margin is
@@ -65,6 +68,7 @@ class EvaluationSettings(Section):
     features: CountOrZero = 0
     calibration: bool = False
     fidelity: bool = False
+    shot_thresholds: Annotated[tuple[Count, Count], Field(strict=False)] = SHOT_THRESHOLDS
     batch_size: Count = 256
     validation_attack_steps: CountOrZero = 0
     validation_attack: Literal["margin", "ce"] = "margin"
@@ -91,6 +95,12 @@ class EvaluationSettings(Section):
             names = ", ".join(by_gradient)
             yield "norm", f"L1 is for auto_attack and square; Linf or L2 is needed by {names}"
         yield from self._missing_steps()
+        few, many = self.shot_thresholds
+        if few > many:
+            yield (
+                "shot_thresholds",
+                f"must ascend: few below the first, many above the second; got {few}, {many}",
+            )
         if self.eps is not None:
             yield from epsilon_problems("eps", self.norm, self.eps)
         for epsilon in self.sweep:

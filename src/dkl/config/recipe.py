@@ -8,7 +8,7 @@ from pydantic import Field
 from dkl.config.base import Problem, Section
 from dkl.config.data import DataSettings, ModelSettings
 from dkl.config.distillation import FEATURE_METHODS
-from dkl.config.evaluation import EvaluationSettings
+from dkl.config.evaluation import SHOT_THRESHOLDS, EvaluationSettings
 from dkl.config.method import MethodSettings
 from dkl.config.training import (
     AveragingSettings,
@@ -227,6 +227,19 @@ def _fidelity(method: MethodSettings, evaluation: EvaluationSettings) -> Iterato
         )
 
 
+def _shot_thresholds(data: DataSettings, evaluation: EvaluationSettings) -> Iterator[Problem]:
+    if evaluation.shot_thresholds == SHOT_THRESHOLDS:
+        return
+    few, many = SHOT_THRESHOLDS
+    if not data.is_long_tailed:
+        reason = "data.long_tailed is null"
+    elif not evaluation.clean:
+        reason = "evaluation.clean is false"
+    else:
+        return
+    yield "evaluation.shot_thresholds", f"would be ignored: {reason}; leave it [{few}, {many}]"
+
+
 _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Problem]]], ...] = (
     (("training", "evaluation"), _robust_validation),
     (("training", "data"), _validation_split),
@@ -241,4 +254,5 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Problem]]], ...] = 
     (("data", "training", "method"), _feature_methods),
     (("data", "evaluation"), _num_images),
     (("method", "evaluation"), _fidelity),
+    (("data", "evaluation"), _shot_thresholds),
 )

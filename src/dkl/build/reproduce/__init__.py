@@ -1,7 +1,8 @@
 """The paper's experiments: their rows, a resumable queue that runs them, estimates, tables."""
 
+from dkl.build.reproduce.costs import measure_costs
 from dkl.build.reproduce.estimate import JobEstimate, estimate_jobs
-from dkl.build.reproduce.experiments import EXPERIMENTS, SCALES, Row, baseline_of, rows_of
+from dkl.build.reproduce.experiments import COSTS, EXPERIMENTS, SCALES, Row, baseline_of, rows_of
 from dkl.build.reproduce.folders import is_done, is_trained, refuse_others
 from dkl.build.reproduce.jobs import Job, plan_jobs
 from dkl.build.reproduce.outcome import collect_runs, make_table, save_outcome, table_document
@@ -9,6 +10,7 @@ from dkl.build.reproduce.preflight import check_data, check_device, check_disk, 
 from dkl.build.reproduce.queue import JobReport, QueueResult, remaining_seconds, run_queue
 
 __all__ = [
+    "COSTS",
     "EXPERIMENTS",
     "SCALES",
     "Job",
@@ -25,6 +27,7 @@ __all__ = [
     "is_done",
     "is_trained",
     "make_table",
+    "measure_costs",
     "plan_jobs",
     "recipes_of",
     "refuse_others",

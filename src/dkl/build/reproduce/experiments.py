@@ -22,12 +22,14 @@ class Row:
         scaled: numbers of the recipe by key, and the factor each is multiplied by.
         teacher: key of the row whose run of the first seed teaches all seeds of this one; "" where
             the recipe says where its teacher comes from, or has none.
+        once: trained with the first seed alone, because it only teaches others.
     """
 
     recipe: str
     overrides: tuple[str, ...] = ()
     scaled: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     teacher: str = ""
+    once: bool = False
 
 
 Rows = Mapping[str, Row]
@@ -108,15 +110,43 @@ def _attacked(rows: Rows, keys: tuple[str, ...]) -> dict[str, Row]:
 
 _ATTACKED_KEYS = ("trades", "ikl_at", "ikl_at_autoaugment", "ikl_at_generated")
 
-_STUDENTS = (
-    "fitnet", "rkd", "crd", "ofd", "reviewkd", "at", "dkd", "dist", "kd", "jsd_kd", "ikl_kd",
-    "gkl_kd",
+_DISTILLATION = (
+    "fitnet", "rkd", "crd", "ofd", "reviewkd", "dkd", "kd", "ikl_kd", "gkl_kd",
 )  # fmt: skip
-_SMALL_DISTILLATION = {
-    "teacher": Row("fashion_mnist_teacher_small"),
+_SMALL_STUDENTS = {
     "student": Row("fashion_mnist_student_small"),
-    **{key: Row(f"fashion_mnist_{key}_small", teacher="teacher") for key in _STUDENTS},
+    **{
+        key: Row(f"fashion_mnist_{key}_small", teacher="teacher")
+        for key in (*_DISTILLATION, "at", "dist", "jsd_kd")
+    },
 }
+_SMALL_DISTILLATION = {
+    "teacher": Row("fashion_mnist_teacher_small", once=True),
+    **_SMALL_STUDENTS,
+}
+# Columns of tables 13 and 14; their teachers are published checkpoints.
+_PAIRS = {
+    "resnet56_resnet20": "resnet20",
+    "resnet110_resnet32": "resnet32",
+    "resnet32x4_resnet8x4": "resnet8x4",
+    "wrn_40_2_wrn_16_2": "wrn_16_2",
+    "wrn_40_2_wrn_40_1": "wrn_40_1",
+    "vgg13_vgg8": "vgg8",
+    "resnet32x4_shufflenet_v1": "shufflenet_v1",
+    "wrn_40_2_shufflenet_v1": "shufflenet_v1",
+    "vgg13_mobilenet_v2_half": "mobilenet_v2_half",
+    "resnet50_cifar_mobilenet_v2_half": "mobilenet_v2_half",
+    "resnet32x4_shufflenet_v2": "shufflenet_v2",
+}
+_PAPER_PAIR = "resnet32x4_resnet8x4"
+
+
+def _paper_distillation(pair: str) -> dict[str, Row]:
+    return {
+        "student": Row(f"cifar100_natural_{_PAIRS[pair]}"),
+        **{key: Row(f"cifar100_{key}_{pair}") for key in _DISTILLATION},
+    }
+
 
 EXPERIMENTS: dict[str, dict[str, Rows]] = {
     "robust-ablation": {"small": _SMALL_ABLATION, "paper": _PAPER_ABLATION},
@@ -134,20 +164,46 @@ EXPERIMENTS: dict[str, dict[str, Rows]] = {
         "small": _attacked(_SMALL_METHODS, _ATTACKED_KEYS),
         "paper": _attacked(_PAPER_METHODS, _ATTACKED_KEYS),
     },
-    "distillation": {"small": _SMALL_DISTILLATION},
+    "distillation": {"small": _SMALL_DISTILLATION, "paper": _paper_distillation(_PAPER_PAIR)},
+    # One experiment for each further column of tables 13 and 14, at full scale alone.
+    **{
+        f"distillation-{pair.replace('_', '-')}": {"paper": _paper_distillation(pair)}
+        for pair in _PAIRS
+        if pair != _PAPER_PAIR
+    },
+    "distillation-speed": {
+        "small": {key: Row(row.recipe) for key, row in _SMALL_STUDENTS.items()},
+        "paper": _paper_distillation(_PAPER_PAIR),
+    },
 }
 
-_BASELINES = {"robust-ablation": "kl", "distillation": "kd"}
+COSTS = frozenset({"distillation-speed"})
+"""Experiments that time steps, and train and evaluate nothing."""
+
+_BASELINES = {"robust-ablation": "kl"}
 
 
 def baseline_of(experiment: str) -> str:
     """Return the key of the row that others are tested against.
 
     Example:
-        >>> baseline_of("robust-ablation"), baseline_of("robust-methods")
-        ('kl', 'trades')
+        >>> [baseline_of(name) for name in ("robust-ablation", "epsilon-sweep", "distillation")]
+        ['kl', 'trades', 'kd']
     """
+    if experiment.startswith("distillation"):
+        return "kd"
     return _BASELINES.get(experiment, "trades")
+
+
+def layout_of(experiment: str) -> str:
+    """Return the name of the experiment's table among those of ``dkl.reports``.
+
+    Example:
+        >>> layout_of("distillation-vgg13-vgg8"), layout_of("epsilon-sweep")
+        ('distillation', 'epsilon-sweep')
+    """
+    pair = experiment.removeprefix("distillation-").replace("-", "_")
+    return "distillation" if pair in _PAIRS else experiment
 
 
 def rows_of(experiment: str, scale: str, experiments: Experiments | None = None) -> Rows:

@@ -93,12 +93,11 @@ def plan_jobs(
             evaluations = tuple(dict.fromkeys((*known.evaluations, *job.evaluations)))
             job = replace(known, evaluations=evaluations, rows=(*known.rows, key))
         first[job.folder] = job
-    teaching = {job.teacher.parent for job in first.values() if job.teacher is not None}
     return [
         _with_seed(job, seed)
         for seed in seeds
         for job in first.values()
-        if seed == seeds[0] or job.folder not in teaching
+        if seed == seeds[0] or not all(rows[key].once for key in job.rows)
     ]
 
 

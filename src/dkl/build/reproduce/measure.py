@@ -56,7 +56,7 @@ def cost_key(recipe: config.Recipe) -> str:
         >>> cost_key(one) == cost_key(other) != cost_key(config.load_recipe("digits_trades"))
         True
     """
-    values = config.resolved(_short(recipe, recipe.training.batch_size, 1, {}))
+    values = config.resolved(shortened(recipe, recipe.training.batch_size, 1, {}))
     kept = {key: values[key] for key in ("data", "model", "method", "training", "averaging")}
     perturbed = recipe.weight_perturbation is not None
     return repr((_without_floats(kept), perturbed, recipe.evaluation.batch_size))
@@ -82,17 +82,17 @@ def measure_step(recipe: config.Recipe) -> StepCost:
     with TemporaryDirectory(prefix="dkl-estimate-") as scratch:
         run = Path(scratch) / "run"
         if every == 1:
-            seconds = _seconds_per_step(_short(recipe, batch, num_steps, {}), run, num_steps)
+            seconds = seconds_per_step(shortened(recipe, batch, num_steps, {}), run, num_steps)
         else:  # a second network that is trained every so many steps
             often, rare = (
-                _seconds_per_step(
-                    _short(recipe, batch, num_steps, {"update_every": n}), folder, num_steps
+                seconds_per_step(
+                    shortened(recipe, batch, num_steps, {"update_every": n}), folder, num_steps
                 )
                 for n, folder in ((1, run), (10**6, Path(scratch) / "rare"))
             )
             seconds = rare + max(often - rare, 0.0) / every
         files = find_checkpoint(run, "last").iterdir()
-        short = _short(recipe, batch, num_steps, {})
+        short = shortened(recipe, batch, num_steps, {})
         data = build_data(short.data, recipe.seed).train
         model = measurable(load_run_model(run, short, data, "last")[0].to(device))
         if recipe.training.channels_last:
@@ -110,10 +110,17 @@ def measure_step(recipe: config.Recipe) -> StepCost:
         )
 
 
-def _short(
+def shortened(
     recipe: config.Recipe, batch: int, num_steps: int, method: dict[str, Any]
 ) -> config.Recipe:
-    """Return the recipe cut down to two epochs of some steps that cost what steps usually do."""
+    """Return the recipe cut down to two epochs of some steps that cost what steps usually do.
+
+    Args:
+        recipe: resolved.
+        batch: samples of a step.
+        num_steps: steps of an epoch.
+        method: settings of the method that are changed.
+    """
     values = config.resolved(recipe)
     values["method"] |= method
     attack = values["method"].get("attack")
@@ -143,7 +150,8 @@ def _short(
     return config.Recipe.model_validate(values)
 
 
-def _seconds_per_step(recipe: config.Recipe, run: Path, num_steps: int) -> float:
+def seconds_per_step(recipe: config.Recipe, run: Path, num_steps: int) -> float:
+    """Train a ``shortened`` recipe and return the seconds of a step of its last epoch."""
     if train_recipe(recipe, run).stopped_early:
         raise KeyboardInterrupt
     last = [row for row in read_rows(run / RECORDS) if row["kind"] == "epoch"][-1]

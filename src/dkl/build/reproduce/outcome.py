@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dkl.build.reproduce import folders
-from dkl.build.reproduce.experiments import baseline_of
+from dkl.build.reproduce.experiments import COSTS, baseline_of, layout_of
 from dkl.build.reproduce.jobs import Job
 from dkl.build.runs import RECIPE_FILE, write_text
 from dkl.reports import Run, read_run
@@ -46,7 +46,8 @@ def make_table(experiment: str, runs: Mapping[str, Sequence[Run]]) -> Any:
     from dkl.reports import paper_table
 
     baseline = baseline_of(experiment)
-    return paper_table(experiment, runs, baseline=baseline if baseline in runs else None)
+    known = baseline if baseline in runs and experiment not in COSTS else None
+    return paper_table(layout_of(experiment), runs, baseline=known)
 
 
 def save_outcome(
@@ -69,7 +70,7 @@ def save_outcome(
     write_text(files[0], table.to_markdown().rstrip("\n") + "\n")
     write_text(files[1], json.dumps(table_document(table), indent=2) + "\n")
     every = {run.path: run for of_row in runs.values() for run in of_row}
-    write_report(list(every.values()), files[2], experiments={experiment: runs})
+    write_report(list(every.values()), files[2], experiments={layout_of(experiment): runs})
     return files
 
 
