@@ -148,6 +148,19 @@ def _paper_distillation(pair: str) -> dict[str, Row]:
     }
 
 
+_SMALL_LONG_TAILED = {
+    "teacher": Row("fashion_mnist_lt_teacher_small", once=True),
+    "student": Row("fashion_mnist_lt_student_small"),
+    **{
+        key: Row(f"fashion_mnist_lt_{key}_small", teacher="teacher")
+        for key in ("kl", "jsd", "ikl", "gkl")
+    },
+    **{
+        key: Row(f"fashion_mnist_lt_{key}_small", teacher="student")
+        for key in ("self_kl", "self_jsd", "self_ikl")
+    },
+}
+
 EXPERIMENTS: dict[str, dict[str, Rows]] = {
     "robust-ablation": {"small": _SMALL_ABLATION, "paper": _PAPER_ABLATION},
     "robust-methods": {"small": _SMALL_METHODS, "paper": _PAPER_METHODS},
@@ -171,6 +184,7 @@ EXPERIMENTS: dict[str, dict[str, Rows]] = {
         for pair in _PAIRS
         if pair != _PAPER_PAIR
     },
+    "long-tailed": {"small": _SMALL_LONG_TAILED},
     "distillation-speed": {
         "small": {key: Row(row.recipe) for key, row in _SMALL_STUDENTS.items()},
         "paper": _paper_distillation(_PAPER_PAIR),
@@ -192,6 +206,8 @@ def baseline_of(experiment: str) -> str:
     """
     if experiment.startswith("distillation"):
         return "kd"
+    if experiment == "long-tailed":
+        return "kl"
     return _BASELINES.get(experiment, "trades")
 
 
