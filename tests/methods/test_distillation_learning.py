@@ -80,5 +80,7 @@ def test_student_learns(tmp_path: Path, teacher: nn.Module, name: str) -> None:
     assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
     epochs = [row for row in read_rows(tmp_path / "records.jsonl") if row["kind"] == "epoch"]
     (part,) = [key for key in ("train_soft", "train_feature", "train_contrast") if key in epochs[0]]
+    own = sum(one.numel() for one in method.parameters() if one.requires_grad)
+    assert all(row.get("method_parameters", 0) == own for row in epochs)
     # IKL's soft labels keep their own entropy.
     assert epochs[-1][part] < 0.95 * epochs[0][part]

@@ -212,6 +212,9 @@ class TrainingRun:
             **self._rates(),
             **{f"train_{name}": value for name, value in means.items()},
         }
+        if training.method_parameters:
+            # Trained beside the model and no part of the result, such as regressors of features.
+            row["method_parameters"] = sum(one.numel() for one in training.method_parameters)
         values = self._validate()
         self.recorder.write(row | values)
         self.epoch, self.step_in_epoch, self.sums, self.seconds = epoch + 1, 0, {}, 0.0

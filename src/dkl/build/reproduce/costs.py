@@ -12,13 +12,13 @@ from dkl.build.methods import build_method
 from dkl.build.objects import build_data, build_model
 from dkl.build.reproduce.experiments import Row, Rows
 from dkl.build.reproduce.measure import seconds_per_step, shortened
-from dkl.build.runs import RECIPE_FILE, device_for_evaluation, write_text
+from dkl.build.runs import RECIPE_FILE, write_text
 from dkl.build.teachers import load_teacher
 from dkl.models import save_weights
 from dkl.reports import ResultRow, Run, append_results, provenance, read_run
 
 _TEACHER = "teacher.safetensors"
-_GPU_STEPS, _CPU_STEPS = 50, 10
+_NUM_STEPS = 50
 
 
 def measure_costs(
@@ -71,24 +71,22 @@ def _recipe(row: Row, overrides: tuple[str, ...]) -> config.Recipe:
 
 def _costs(key: str, recipe: config.Recipe, round_number: int) -> list[ResultRow]:
     """Measure one row once."""
-    device = device_for_evaluation()
-    num_steps = _CPU_STEPS if device.type == "cpu" else _GPU_STEPS
     with TemporaryDirectory(prefix="dkl-costs-") as scratch:
         ready = _with_random_teacher(recipe, Path(scratch))
-        short = shortened(ready, recipe.training.batch_size, num_steps, {})
-        seconds = seconds_per_step(short, Path(scratch) / "run", num_steps)
+        short = shortened(ready, recipe.training.batch_size, _NUM_STEPS, {})
+        seconds = seconds_per_step(short, Path(scratch) / "run", _NUM_STEPS)
         num_parameters, num_bytes = _own_size(short, Path(scratch))
     details = {
         "measure": "cost",
         "method": key,
         "batch_size": recipe.training.batch_size,
-        "num_steps": num_steps,
+        "num_steps": _NUM_STEPS,
         "memory_bytes": num_bytes,
     }
     common: dict[str, Any] = {
         "run_name": recipe.name,
         "seed": round_number,
-        "num_samples": num_steps * recipe.training.batch_size,
+        "num_samples": _NUM_STEPS * recipe.training.batch_size,
         "checkpoint": "last",
         "details": details,
         **provenance(config.resolved(recipe)),
