@@ -47,7 +47,7 @@ def few_digits(settings: DataSettings, seed: int) -> Splits:
 
 
 def use_few_digits(patch) -> None:
-    for module in ("training", "evaluating", "teachers"):
+    for module in ("training", "evaluating", "teachers", "teacher_caching"):
         patch.setattr(f"dkl.build.{module}.build_data", few_digits)
 
 

@@ -22,13 +22,22 @@ def build_logit_distillation(
 
     Args:
         settings: of the method.
-        teacher: a trained network.
+        teacher: a trained network, or its cached answers.
         num_classes: C.
     """
     options = settings.model_dump(exclude={"kind", "teacher"})
     if isinstance(settings, config.KD):
         options["hard_weight"] = options.pop("ce_weight")
         options["soft_weight"] = options.pop("kd_weight")
+    if isinstance(teacher, methods.CachedTopKTeacher):
+        check_top_k(settings, teacher.temperature)
+        if isinstance(settings, config.KD):
+            del options["temperature"]
+            return methods.top_k_kd(teacher, **options)
+        for name in ("temperature", "class_weights"):
+            del options[name]
+        return methods.top_k_ikl_kd(teacher, **options)
+    if isinstance(settings, config.KD):
         return methods.kd(teacher, **options)
     if isinstance(settings, config.JSDKD):
         return methods.jsd_kd(teacher, **options)
@@ -37,6 +46,32 @@ def build_logit_distillation(
     if isinstance(settings, config.DIST):
         return methods.dist(teacher, **options)
     return methods.ikl_kd(teacher, num_classes, **options)
+
+
+def check_top_k(settings: config.MethodSettings, temperature: float) -> None:
+    """Refuse what cannot learn from a teacher's k most likely classes.
+
+    Args:
+        settings: of the method.
+        temperature: at which the classes are cached.
+
+    Raises:
+        ValueError: the method needs all classes, or has another temperature.
+    """
+    has_table = isinstance(settings, config.IKLKD) and settings.class_weights
+    if not isinstance(settings, config.KD | config.IKLKD) or has_table:
+        raise ValueError(
+            f"method {settings.kind} needs the log-probabilities of all classes"
+            f"{' for its class table' if has_table else ''}, and this teacher cache has the most "
+            "likely ones alone. Write one without --top-k, or choose kd, or ikl_kd with "
+            "method.class_weights=false"
+        )
+    if settings.temperature != temperature:
+        raise ValueError(
+            f"method.temperature is {settings.temperature:g}, and the teacher's most likely "
+            f"classes are cached at {temperature:g}: a temperature cannot be changed once classes "
+            f"are left out. Set method.temperature={temperature:g}, or write another cache"
+        )
 
 
 def build_feature_distillation(

@@ -25,7 +25,7 @@ from dkl.data import (
     split_validation,
     write_npz,
 )
-from dkl.engine import schedules
+from dkl.engine import LoopSettings, schedules
 from dkl.engine.averaging import AverageSettings
 from dkl.engine.batches import Mix
 from dkl.models import create_model, load_checkpoint
@@ -172,6 +172,18 @@ def load_teacher_checkpoint(settings: config.TeacherSettings, data: ImageData) -
     model = build_model(settings.model, data, seed=0)
     load_checkpoint(model, Path(settings.checkpoint))
     return model
+
+
+def build_loop_settings(recipe: config.Recipe) -> LoopSettings:
+    """Return the settings of the training loop."""
+    training = recipe.training
+    options = training.model_dump(exclude={"compile", "threads"})
+    return LoopSettings(
+        **options,
+        compile_model=training.compile,
+        seed=recipe.seed,
+        trackers=recipe.trackers,
+    )
 
 
 def build_optimizer(settings: config.OptimizerSettings) -> MakeOptimizer:

@@ -68,10 +68,7 @@ def load_run_model(
     Returns:
         The model and the SHA-256 of its weights.
     """
-    if has_checkpoint(path):
-        weights = load_weights(path, "last" if which == "last" else "best")
-    else:
-        weights = load_weights(path)
+    weights = load_run_weights(path, which)
     model = build_model(recipe.model, data, recipe.seed)
     try:
         model.load_state_dict(weights)
@@ -82,6 +79,18 @@ def load_run_model(
         ) from error
     dtype = torch.float64 if recipe.training.dtype == "float64" else torch.float32
     return model.to(dtype).eval(), hash_weights(weights)
+
+
+def load_run_weights(path: Path, which: str) -> dict[str, Tensor]:
+    """Return a run's trained weights, the averaged ones where there are any.
+
+    Args:
+        path: the run, or one of its checkpoints (``which`` is then not used).
+        which: "best" or "last".
+    """
+    if has_checkpoint(path):
+        return load_weights(path, "last" if which == "last" else "best")
+    return load_weights(path)
 
 
 def checkpoint_name(run_dir: Path, path: Path, which: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dkl import config, evaluation
+from dkl.build.cached_teachers import open_cached_teacher
 from dkl.build.checks import check_classes, count_logits, measurable
 from dkl.build.methods import build_method, build_second_model
 from dkl.build.objects import (
@@ -22,6 +23,7 @@ from dkl.build.objects import (
     build_augment,
     build_average,
     build_data,
+    build_loop_settings,
     build_mix,
     build_model,
     build_momentum_schedule,
@@ -98,7 +100,7 @@ def train_recipe(recipe: config.Recipe, out: Path, *, resume: bool = False) -> T
         method,
         model,
         build_source(recipe.data, splits, recipe.training.batch_size, out),
-        settings=_loop_settings(recipe),
+        settings=build_loop_settings(recipe),
         out_dir=out,
         make_optimizer=build_optimizer(recipe.optimizer),
         schedule=build_schedule(recipe.schedule, recipe.training.epochs),
@@ -137,10 +139,15 @@ def _refuse_other_run(out: Path, resume: bool) -> None:
 
 
 def _build_teacher(recipe: config.Recipe, out: Path, data: ImageData) -> nn.Module | None:
-    """Load the teacher that the method names, trained first where it is named by recipe."""
+    """Load the teacher that the method names, trained first where it is named by recipe.
+
+    With a cache of its answers there is nothing to train or load.
+    """
     settings = teacher_settings(recipe)
     if settings is None:
         return None
+    if settings.cache is not None:
+        return open_cached_teacher(recipe, Path(settings.cache), data)
     if settings.checkpoint is None and settings.run is None:
         run = out / TEACHER_FOLDER
         teaching = config.load_recipe(str(settings.recipe), [f"seed={recipe.seed}"])
@@ -148,17 +155,6 @@ def _build_teacher(recipe: config.Recipe, out: Path, data: ImageData) -> nn.Modu
         if train_recipe(teaching, run, resume=has_checkpoint(run)).stopped_early:
             raise _TeacherStoppedError
     return load_teacher(recipe, out, data).model
-
-
-def _loop_settings(recipe: config.Recipe) -> LoopSettings:
-    training = recipe.training
-    options = training.model_dump(exclude={"compile", "threads"})
-    return LoopSettings(
-        **options,
-        compile_model=training.compile,
-        seed=recipe.seed,
-        trackers=recipe.trackers,
-    )
 
 
 def _validation(recipe: config.Recipe, splits: Splits) -> Validate | None:

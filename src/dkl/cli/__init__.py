@@ -5,6 +5,7 @@ import os
 import typer
 
 from dkl.cli.bench import bench_evaluate, bench_linear, bench_losses, bench_train
+from dkl.cli.cache_teacher import cache_teacher
 from dkl.cli.data import convert, convert_carmon, show_long_tailed
 from dkl.cli.errors import Commands, common_options
 from dkl.cli.evaluating import evaluate
@@ -71,6 +72,14 @@ app.command(
     )
 )(tune)
 
+app.command(
+    "cache-teacher",
+    epilog=_examples(
+        "dkl cache-teacher digits_ikl_kd method.teacher.run=runs/digits_natural/seed_0",
+        "dkl cache-teacher cifar100_kd_resnet56_resnet20 seed=1 --top-k 20 --out cache",
+        "torchrun --nproc_per_node 2 -m dkl cache-teacher my_recipe.yaml",
+    ),
+)(cache_teacher)
 app.command(
     epilog=_examples(
         "dkl reproduce robust-ablation --jobs 2",

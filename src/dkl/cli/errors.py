@@ -14,6 +14,7 @@ _META_KEY = "dkl.cli.traceback"
 _HOW_TO_GO_ON = {
     "train": " The same command with --resume goes on from the last checkpoint.",
     "tune": " The same command goes on after the last finished trial.",
+    "cache-teacher": " The same command goes on with what is missing.",
     "evaluate": " The same command goes on with what is not measured yet.",
     "reproduce": " The same command goes on where it stopped.",
 }

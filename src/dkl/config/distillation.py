@@ -29,7 +29,9 @@ class TeacherSettings(Section):
         run: folder of a finished run.
         checkpoint: file of weights; ``model`` says what network they belong to.
         model: network of ``checkpoint``.
-        cache: folder of ``dkl cache-teacher``; its log-probabilities take the teacher's place.
+        cache: folder of ``dkl cache-teacher``; its log-probabilities take the teacher's place, for
+            methods on logits. No teacher is trained or loaded then: ``recipe``, ``run`` or
+            ``checkpoint`` say which one the cache must be of.
     """
 
     recipe: str | None = None
@@ -193,6 +195,15 @@ class _FeatureDistillation(_HardWeighted):
 
     student_taps: ModuleNames | None = None
     teacher_taps: ModuleNames | None = None
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.teacher.cache is not None:
+            yield (
+                "teacher.cache",
+                "must be null for methods on features, which are not cached: the cache holds "
+                "log-probabilities",
+            )
 
 
 class AT(_FeatureDistillation):

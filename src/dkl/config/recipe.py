@@ -213,6 +213,19 @@ def _feature_methods(
         )
 
 
+def _cached_teacher(data: DataSettings, method: MethodSettings) -> Iterator[Problem]:
+    teacher = getattr(method, "teacher", None)
+    if teacher is None or teacher.cache is None:
+        return
+    for key in ("generated", "class_balanced"):
+        if getattr(data, key) is not None:
+            yield (
+                f"data.{key}",
+                "must be null with method.teacher.cache: it may draw an image twice an epoch, "
+                "augmented otherwise, and the cache has one answer for each image and epoch",
+            )
+
+
 def _num_images(data: DataSettings, evaluation: EvaluationSettings) -> Iterator[Problem]:
     limit, wanted = data.test_limit, evaluation.num_images
     if limit is not None and wanted is not None and wanted > limit:
@@ -224,6 +237,15 @@ def _fidelity(method: MethodSettings, evaluation: EvaluationSettings) -> Iterato
         yield (
             "evaluation.fidelity",
             f"compares a student with its teacher, and method {method.kind} has none; set it false",
+        )
+    teacher = getattr(method, "teacher", None)
+    if not evaluation.fidelity or teacher is None or teacher.cache is None:
+        return
+    if teacher.run is None and teacher.checkpoint is None:
+        yield (
+            "evaluation.fidelity",
+            "needs the teacher's network on the test images, and with method.teacher.cache none is "
+            "trained: name it by method.teacher.run, or set fidelity false",
         )
 
 
@@ -252,6 +274,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Problem]]], ...] = 
     (("data", "method"), _mixed_labels),
     (("model", "method"), _dual_batch_norm),
     (("data", "training", "method"), _feature_methods),
+    (("data", "method"), _cached_teacher),
     (("data", "evaluation"), _num_images),
     (("method", "evaluation"), _fidelity),
     (("data", "evaluation"), _shot_thresholds),

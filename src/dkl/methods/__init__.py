@@ -1,6 +1,7 @@
 """Training methods: each turns a batch into a loss; none knows the loop that calls it."""
 
 from dkl.methods.adversarial import AdversarialTraining, ikl_at, mart, pgd_at, trades
+from dkl.methods.cached_teacher import CachedTeacher, CachedTopKTeacher
 from dkl.methods.crd import ContrastiveDistillation, crd
 from dkl.methods.dajat import DAJAT, dajat
 from dkl.methods.feature_distillation import (
@@ -18,12 +19,15 @@ from dkl.methods.ofd import ofd
 from dkl.methods.protocol import Batch, Method, StepContext, StepOutput
 from dkl.methods.reviewkd import reviewkd
 from dkl.methods.terms import FrozenTeacher
+from dkl.methods.top_k_distillation import top_k_ikl_kd, top_k_kd
 
 __all__ = [
     "DAJAT",
     "LBGAT",
     "AdversarialTraining",
     "Batch",
+    "CachedTeacher",
+    "CachedTopKTeacher",
     "ContrastiveDistillation",
     "FeatureDistillation",
     "FeaturePair",
@@ -51,5 +55,7 @@ __all__ = [
     "pgd_at",
     "reviewkd",
     "rkd",
+    "top_k_ikl_kd",
+    "top_k_kd",
     "trades",
 ]

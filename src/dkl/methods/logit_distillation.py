@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dkl.losses import dist_loss, dkd_loss, jsd_loss, kl_loss
+from dkl.methods.cached_teacher import CachedTeacher, CachedTopKTeacher
 from dkl.methods.protocol import Batch, StepContext, StepOutput
 from dkl.methods.terms import (
     DecoupledTerm,
@@ -29,7 +30,8 @@ class LogitDistillation(TrainingMethod):
     """Train a student on labels and on a fixed teacher's logits for the same augmented images.
 
     Args:
-        teacher: a trained model; it stays in eval mode and gets no gradients.
+        teacher: a trained model, which stays in eval mode and gets no gradients; or its cached
+            answers.
         soft: the loss against the teacher's logits.
         hard_weight: weight of the loss against the labels.
         hard_loss: that loss, "ce" or "bce"; see ``hard_loss_of``.
@@ -51,7 +53,11 @@ class LogitDistillation(TrainingMethod):
         couples_samples: bool = False,
     ) -> None:
         super().__init__(term)
-        self.teacher = FrozenTeacher(teacher)
+        self.teacher: FrozenTeacher | CachedTeacher | CachedTopKTeacher = (
+            teacher
+            if isinstance(teacher, CachedTeacher | CachedTopKTeacher)
+            else FrozenTeacher(teacher)
+        )
         self.soft = soft
         self.hard_weight = hard_weight
         self.hard_loss = hard_loss
@@ -65,8 +71,8 @@ class LogitDistillation(TrainingMethod):
 
     def prepare(self, model: nn.Module, batch: Batch, context: StepContext) -> Batch:  # noqa: ARG002
         """Ask the teacher."""
-        logits_BC = self.teacher(batch.images)
-        return replace(batch, extras={**batch.extras, "teacher_logits": logits_BC})
+        answers = self.teacher.answers(batch, context)
+        return replace(batch, extras={**batch.extras, **answers})
 
     def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> StepOutput:
         """Return hard and soft loss, and feed the class statistics on the update pass."""

@@ -254,6 +254,10 @@ class FrozenTeacher(nn.Module):
         logits: Tensor = self.model(images)
         return logits
 
+    def answers(self, batch: Batch, context: StepContext) -> dict[str, Tensor]:  # noqa: ARG002
+        """Return ``teacher_logits`` [B, C] of the batch's images."""
+        return {"teacher_logits": self(batch.images)}
+
     @torch.no_grad()
     def read(
         self, images: Tensor, read: Callable[[nn.Module, Tensor], Any], mode: BatchNormMode = "eval"
