@@ -280,7 +280,7 @@ def distillation_rows(
         value = clean + 0.1 * math.sin(2.1 * index) + noise.gauss(0, 0.012)
         rows.append(row("class_accuracy", value, class_index=index, details={"class_name": name}))
     for name, shift, count in (("many", 0.06, 4), ("medium", 0.0, 3), ("few", -0.2, 3)):
-        details = {"num_classes": count}
+        details = {"classes": count}
         rows.append(row(f"{name}_accuracy", clean + shift + noise.gauss(0, 0.01), details=details))
     count = [0, 0, *(10 + 5 * place for place in range(13))]
     confidence = [(place + 0.5) / 15 if count[place] else 0.0 for place in range(15)]

@@ -354,6 +354,6 @@ def _class_counts(groups: Sequence[Group]) -> dict[str, int]:
         for run in group.runs:
             for name, metric in SHOT_METRICS.items():
                 row = find_row(run, metric)
-                if row is not None and isinstance(row.details.get("num_classes"), int):
-                    counts.setdefault(name, set()).add(row.details["num_classes"])
+                if row is not None and isinstance(row.details.get("classes"), int):
+                    counts.setdefault(name, set()).add(row.details["classes"])
     return {name: found.pop() for name, found in counts.items() if len(found) == 1}
