@@ -110,12 +110,7 @@ def kd(
         The method.
     """
 
-    def soft(student_BC: Tensor, teacher_BC: Tensor, batch: Batch, context: StepContext) -> Tensor:
-        divergence = kl_loss(
-            student_BC, teacher_BC, temperature=temperature, mask=batch.mask, reduction="sum"
-        )
-        return soft_weight * temperature**2 * divergence / context.num_items
-
+    soft = _scaled(kl_loss, soft_weight, temperature)
     return LogitDistillation(teacher, soft, hard_weight=hard_weight, **options)
 
 
@@ -136,13 +131,19 @@ def jsd_kd(
         The method.
     """
 
+    return LogitDistillation(teacher, _scaled(jsd_loss, weight, temperature), **options)
+
+
+def _scaled(divergence: Callable[..., Tensor], weight: float, temperature: float) -> SoftTerm:
+    """Return weight T^2 times a divergence of softmaxes at temperature T, as a soft term."""
+
     def soft(student_BC: Tensor, teacher_BC: Tensor, batch: Batch, context: StepContext) -> Tensor:
-        divergence = jsd_loss(
+        total = divergence(
             student_BC, teacher_BC, temperature=temperature, mask=batch.mask, reduction="sum"
         )
-        return weight * temperature**2 * divergence / context.num_items
+        return weight * temperature**2 * total / context.num_items
 
-    return LogitDistillation(teacher, soft, **options)
+    return soft
 
 
 def dkd(
