@@ -109,7 +109,6 @@ def kd(
     Returns:
         The method.
     """
-
     soft = _scaled(kl_loss, soft_weight, temperature)
     return LogitDistillation(teacher, soft, hard_weight=hard_weight, **options)
 
@@ -130,7 +129,6 @@ def jsd_kd(
     Returns:
         The method.
     """
-
     return LogitDistillation(teacher, _scaled(jsd_loss, weight, temperature), **options)
 
 
