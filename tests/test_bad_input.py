@@ -90,7 +90,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
         (["digits_trades", 'method.attack.eps="8"'], ["at most 1", "did you mean 8/255?"]),
         (["digits_trades", "method.attack.eps=8/0"], ["a number such as 0.03 or 8/255"]),
         (["digits_natural", "data.name=fashion_mist"], ["did you mean 'fashion_mnist'?"]),
-        (["digits_natural", "data.name=imagenet"], ["'digits'", "'cifar100'"]),
+        (["digits_natural", "data.name=imagenette"], ["'digits'", "'cifar100'"]),
         (["digits_natural", "method.kind=ikl"], ["must be one of", "ikl_at"]),
         (["digits_natural", "seed=4294967295"], ["seed", "less than 2147483648"]),
     ],

@@ -16,6 +16,7 @@ from dkl.build.methods import build_method, build_second_model
 from dkl.build.objects import (
     Splits,
     build_average,
+    build_data,
     build_mix,
     build_model,
     build_momentum_schedule,
@@ -37,16 +38,25 @@ from dkl.config import (
 from dkl.data import ImageData, load_data, split_validation, write_npz
 from dkl.engine import find_checkpoint
 from dkl.models import save_weights
+from tests.data.image_trees import jpeg
 
 SHAPES = {
     "digits": (1, 8, 8, 10),
     "fashion_mnist": (1, 28, 28, 10),
     "cifar10": (3, 32, 32, 10),
     "cifar100": (3, 32, 32, 100),
+    "imagenet": (3, 224, 224, 1000),
+    "imagenet_lt": (3, 224, 224, 1000),
 }
+SIDE = 32  # of images that are decoded from files
 NUM_TRAIN, BATCH = 24, 8
 SMALL_TIMM = {
-    "timm/beitv2_large_patch16_224": {"embed_dim": 24, "depth": 1, "num_heads": 2, "img_size": 32},
+    "timm/beitv2_large_patch16_224": {
+        "embed_dim": 24,
+        "depth": 1,
+        "num_heads": 2,
+        "img_size": SIDE,
+    },
     **{
         f"timm/{name}": {"layers": (1, 1, 1, 1), "channels": channels}
         for name, channels in {
@@ -92,7 +102,25 @@ def write_cifar(folder: Path, name: str) -> None:
     (folder / meta).write_bytes(pickle.dumps(names, protocol=2))
 
 
+@pytest.fixture(scope="session")
+def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write ImageNet's tree and the lists of ImageNet-LT, with one image in each class."""
+    root = tmp_path_factory.mktemp("imagenet")
+    classes = [f"n{label:08d}" for label in range(1000)]
+    files = [f"train/{name}/{name}_1.JPEG {label}" for label, name in enumerate(classes)]
+    files += [f"val/{name}/val_{label}.JPEG {label}" for label, name in enumerate(classes[:8])]
+    for number, file in enumerate(files):
+        path = root / file.split()[0]
+        path.parent.mkdir(parents=True)
+        path.write_bytes(jpeg(number % 10, (36, 44)))
+    for part, lines in (("train", files[:1000]), ("val", files[:8]), ("test", files[1000:])):
+        (root / f"ImageNet_LT_{part}.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
 def tiny_data(settings: DataSettings, seed: int) -> Splits:
+    if settings.in_files:
+        return build_data(settings, seed)
     if settings.name in CIFAR_FILES:
         # From the real format, by the real reader.
         folder = Path(settings.folder or "") / settings.name
@@ -186,6 +214,11 @@ def shorten(recipe: Recipe, num_steps: int = 2) -> Recipe:
         pool = {"samples_per_epoch": NUM_TRAIN - NUM_TRAIN // 3}
         generated = recipe.data.generated.model_copy(update=pool)
         changes["data"] = recipe.data.model_copy(update={"generated": generated})
+    if recipe.data.in_files:
+        small = {"image_size": SIDE, "resize": SIDE + 4, "workers": 0}
+        few: dict[str, Any] = {"train_limit": NUM_TRAIN, "test_limit": 6}
+        few["decoding"] = recipe.data.decoding.model_copy(update=small)
+        changes["data"] = recipe.data.model_copy(update=few)
     return recipe.model_copy(
         update=changes
         | {
@@ -259,7 +292,9 @@ def test_recipe_builds_at_full_size(name: str) -> None:
         last = attack(recipe.training.epochs - 1, recipe.training.epochs)
         assert last.threat.eps == pytest.approx(recipe.method.attack.eps)
     assert len(build_views(recipe.data)) == len(recipe.data.views)
-    assert build_mix(recipe.data.augment) is None
+    augment = recipe.data.augment
+    mixes = augment is not None and (augment.cutmix > 0 or augment.mixup > 0)
+    assert (build_mix(augment) is not None) == mixes
     assert (build_average(recipe.averaging) is None) == (recipe.averaging is None)
     assert (build_perturbation(recipe.weight_perturbation) is None) == (
         recipe.weight_perturbation is None
@@ -298,9 +333,12 @@ def test_each_method_is_walked() -> None:
 
 @pytest.mark.parametrize("name", DISTINCT)
 def test_recipe_takes_two_steps_and_is_measured(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, imagenet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = training.config.load_recipe(name)
+    if recipe.data.in_files:  # the only recipes that must be told, and their teachers by them
+        there = recipe.data.model_copy(update={"folder": str(imagenet)})
+        recipe = recipe.model_copy(update={"data": there})
     monkeypatch.chdir(tmp_path)
     if recipe.data.generated is not None:
         for part in recipe.data.generated.parts:

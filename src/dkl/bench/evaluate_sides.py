@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dkl import config
 from dkl.build.checks import measurable
+from dkl.build.image_access import first_images
 from dkl.build.objects import build_data
 from dkl.build.runs import load_run_model, read_recipe
 from dkl.engine.randomness import preserved_rng
@@ -221,7 +222,7 @@ def load_subject(
     model, weights_hash = load_run_model(run, recipe, splits.train, which)
     return Subject(
         model=measurable(model.to(device)).eval(),
-        images=splits.test.images[:num_images].to(device).float() / 255,
+        images=first_images(splits.test, num_images).images.to(device).float() / 255,
         labels=splits.test.labels[:num_images].to(device),
         eps=attack.eps,
         norm=attack.norm,

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from dkl import evaluation
-from dkl.data import DatasetSource, ImageData
+from dkl.build.image_access import LabelledImages
+from dkl.data import DatasetSource
 
 
 class Float32Interface(nn.Module):
@@ -36,7 +37,7 @@ def measurable(model: nn.Module) -> nn.Module:
     return model if is_float32 else Float32Interface(model)
 
 
-def count_logits(model: nn.Module, source: ImageData | DatasetSource) -> int:
+def count_logits(model: nn.Module, source: LabelledImages | DatasetSource) -> int:
     """Return how many classes the model tells apart, by showing it the first image.
 
     Raises:
@@ -63,7 +64,7 @@ def count_logits(model: nn.Module, source: ImageData | DatasetSource) -> int:
     return logits.shape[1]
 
 
-def check_classes(model: nn.Module, data: ImageData) -> None:
+def check_classes(model: nn.Module, data: LabelledImages) -> None:
     """Refuse a model that cannot take the images or has no logit for some label.
 
     Raises:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dkl import config, methods
-from dkl.data import ImageData
+from dkl.build.image_access import LabelledImages
 from dkl.methods.protocol import Method
 from dkl.models import feature_maps, tap_norms, tap_shapes
 
@@ -75,7 +75,11 @@ def check_top_k(settings: config.MethodSettings, temperature: float) -> None:
 
 
 def build_feature_distillation(
-    settings: FeatureSettings, teacher: nn.Module, student: nn.Module, data: ImageData, seed: int
+    settings: FeatureSettings,
+    teacher: nn.Module,
+    student: nn.Module,
+    data: LabelledImages,
+    seed: int,
 ) -> Method:
     """Build a method that compares features, with the layers and memory that it brings.
 
@@ -150,9 +154,6 @@ def feature_pair(
     )
 
 
-def image_shape(data: ImageData) -> tuple[int, int, int]:
+def image_shape(data: LabelledImages) -> tuple[int, int, int]:
     """Return (C, H, W) of the images that training sees."""
-    with torch.random.fork_rng(devices=[]):
-        images, _ = next(iter(data.batches([torch.tensor([0])], torch.device("cpu"))))
-    channels, height, width = images.shape[1:]
-    return channels, height, width
+    return data.image_shape

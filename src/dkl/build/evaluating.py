@@ -39,6 +39,8 @@ _CHANGEABLE = (
     "data.folder=",
     "data.download=",
     "data.test_limit=",
+    "data.decoding.workers=",
+    "data.decoding.prefetch=",
     "method.teacher.run=",
 )
 # Training validates under the same norm as the evaluation, which need not bind a finished model.

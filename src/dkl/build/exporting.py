@@ -201,7 +201,7 @@ def _load(run: Path, which: str, overrides: list[str]) -> _Export:
         recipe=recipe,
         model=model,
         state=state,
-        image_shape=tuple(data.images.shape[1:]),
+        image_shape=data.image_shape,
         num_classes=data.num_classes,
         weights_hash=weights_hash,
         checkpoint=checkpoint_name(run_dir, run, which),

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dkl import config, evaluation
+from dkl import config
+from dkl.build.image_access import LabelledImages, first_images, hash_images, predict_all
 from dkl.data import ImageData
 from dkl.engine.recorder import read_rows
 from dkl.evaluation import AttackProgress, Processes
-from dkl.evaluation.state import hash_tensors
 from dkl.reports import ResultRow, append_results
 
 Row = dict[str, Any]
@@ -74,7 +74,7 @@ class Subject:
     """
 
     model: nn.Module
-    data: ImageData
+    data: LabelledImages
     settings: config.EvaluationSettings
     seed: int
     weights_hash: str
@@ -94,25 +94,29 @@ class Subject:
         return self.processes.count > 1
 
     @cached_property
+    def attacked(self) -> ImageData:
+        """The images that are attacked, in memory."""
+        return first_images(self.data, self.settings.num_images)
+
+    @cached_property
     def images(self) -> Tensor:
         """The images that are attacked, on the device."""
-        return self.data.images[: self.settings.num_images].to(self.device)
+        return self.attacked.images.to(self.device)
 
     @cached_property
     def labels(self) -> Tensor:
         """Their labels, on the device."""
-        return self.data.labels[: self.settings.num_images].to(self.device)
+        return self.attacked.labels.to(self.device)
 
     @cached_property
     def attacked_hash(self) -> str:
         """Hash of the images that are attacked, and of their labels."""
-        count = self.settings.num_images
-        return hash_tensors(self.data.images[:count], self.data.labels[:count])
+        return hash_images(self.data, self.settings.num_images)
 
     @cached_property
     def split_hash(self) -> str:
         """Hash of the whole test split."""
-        return hash_tensors(self.data.images, self.data.labels)
+        return hash_images(self.data)
 
     @cached_property
     def clean_logits(self) -> Tensor:
@@ -121,11 +125,12 @@ class Subject:
 
     def logits_of(self, model: nn.Module) -> Tensor:
         """Return another model's logits of the whole test split, on the CPU."""
-        images = self.data.images.to(self.device)
-        logits_NC = evaluation.predict_logits(
-            model, images, batch_size=self.settings.batch_size, distributed=self.distributed
+        return predict_all(
+            model,
+            self.data,
+            batch_size=self.settings.batch_size,
+            distributed=self.distributed,
         )
-        return logits_NC.cpu()
 
     def key(self, unit: Unit) -> str:
         """Return the hash of what decides a measurement's numbers."""

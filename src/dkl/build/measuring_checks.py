@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dkl import evaluation
 from dkl.build.checks import Float32Interface
+from dkl.build.image_access import some_images
 from dkl.build.measuring import Row, Subject, Unit
 from dkl.evaluation.penultimate import last_layer
 
@@ -173,8 +174,8 @@ def _feature_rows(subject: Subject, classifier: nn.Module, key: str) -> list[Row
     settings, started = subject.settings, time.perf_counter()
     assert settings.eps is not None
     chosen = first_of_each_class(subject.data.labels, settings.features, MAX_FEATURE_CLASSES)
-    images = subject.data.images[chosen].to(subject.device)
-    labels = subject.data.labels[chosen].to(subject.device)
+    some = some_images(subject.data, chosen)
+    images, labels = some.images.to(subject.device), some.labels.to(subject.device)
     adversarial_images = evaluation.pgd_images(
         subject.model,
         images,

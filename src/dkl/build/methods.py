@@ -8,8 +8,8 @@ from torch import nn
 from dkl import config, methods
 from dkl.attacks import PGDSettings, ThreatModel
 from dkl.build.distillation import build_feature_distillation, build_logit_distillation
+from dkl.build.image_access import LabelledImages
 from dkl.build.objects import build_model
-from dkl.data import ImageData
 from dkl.engine import schedules
 from dkl.methods.protocol import Method
 
@@ -17,7 +17,7 @@ Needed = TypeVar("Needed")
 
 
 def build_second_model(
-    settings: config.MethodSettings, data: ImageData, seed: int
+    settings: config.MethodSettings, data: LabelledImages, seed: int
 ) -> nn.Module | None:
     """Build the network that the method trains beside the model, or None."""
     if isinstance(settings, config.LBGAT):
@@ -70,7 +70,7 @@ def build_method(
     second_model: nn.Module | None = None,
     num_views: int = 0,
     student: nn.Module | None = None,
-    data: ImageData | None = None,
+    data: LabelledImages | None = None,
     seed: int = 0,
 ) -> Method:
     """Build the training method.
@@ -94,11 +94,13 @@ def build_method(
             settings, _needed(teacher, settings.kind, "teacher"), num_classes
         )
     if isinstance(settings, config.FEATURE_METHODS):
+        if data is None:
+            raise ValueError(f"method {settings.kind} needs data; give build_method data=")
         return build_feature_distillation(
             settings,
             _needed(teacher, settings.kind, "teacher"),
             _needed(student, settings.kind, "student"),
-            _needed(data, settings.kind, "data"),
+            data,
             seed,
         )
     if isinstance(settings, config.LASAT):

@@ -11,14 +11,17 @@ from torch import nn
 
 from dkl import config
 from dkl.attacks import AdversarialWeightPerturbation
+from dkl.build.image_access import LabelledImages
 from dkl.data import (
     Augment,
     ClassBalancedSource,
+    Decoding,
     GeneratedImages,
     ImageData,
     MixedSource,
     cutmix,
     load_data,
+    load_image_files,
     long_tailed,
     make_augment,
     mixup_or_cutmix,
@@ -43,9 +46,9 @@ class Splits:
     ``unused`` are the training images beyond ``data.train_limit``, where ``generated`` wants them.
     """
 
-    train: ImageData
-    validation: ImageData | None
-    test: ImageData
+    train: LabelledImages
+    validation: LabelledImages | None
+    test: LabelledImages
     unused: ImageData | None = None
 
 
@@ -56,31 +59,60 @@ def build_data(settings: config.DataSettings, seed: int) -> Splits:
     of these ``long_tailed`` keeps a part. So validation stays as balanced as the dataset is, and
     classes have exactly the sizes of the long tail.
     """
-    train, test = load_data(settings.name, folder=settings.folder, download=settings.download)
-    tail, validation = settings.long_tailed, None
+    train, validation, test = _load(settings, seed)
+    tail = settings.long_tailed
     if tail is not None and tail.seed is not None:
         # What is held out decides what is left to keep: one seed for both is one split.
         seed = tail.seed
     if settings.validation_fraction > 0:
-        train, validation = split_validation(train, settings.validation_fraction, seed)
+        train, validation = _hold_out(train, settings.validation_fraction, seed)
     unused = None
     limit, generated = settings.train_limit, settings.generated
     # A copy, made only where it is used: evaluation reads the data too.
     if generated is not None and generated.held_out and limit is not None and limit < len(train):
+        assert isinstance(train, ImageData)
         unused = train.subset(torch.arange(limit, len(train)))
     train, test = _first(train, limit), _first(test, settings.test_limit)
     if tail is not None:
-        train = long_tailed(train, seed=seed, **tail.model_dump(exclude={"seed"}))
+        train = _cut(train, seed, tail)
     return Splits(train, validation, test, unused)
 
 
-def _first(data: ImageData, limit: int | None) -> ImageData:
+def _load(
+    settings: config.DataSettings, seed: int
+) -> tuple[LabelledImages, LabelledImages | None, LabelledImages]:
+    """Return training images, those for validation that the dataset brings, and test images."""
+    if not settings.in_files:
+        train, test = load_data(settings.name, folder=settings.folder, download=settings.download)
+        return train, None, test
+    how = Decoding() if settings.decoding is None else Decoding(**settings.decoding.model_dump())
+    files = load_image_files(settings.name, folder=settings.folder, decoding=how, seed=seed)
+    return files.train, files.validation, files.test
+
+
+def _hold_out(
+    data: LabelledImages, fraction: float, seed: int
+) -> tuple[LabelledImages, LabelledImages]:
+    if isinstance(data, ImageData):
+        return split_validation(data, fraction, seed)
+    train, validation = split_validation(data, fraction, seed)
+    return train, validation.for_evaluation()
+
+
+def _cut(data: LabelledImages, seed: int, tail: config.LongTailedSettings) -> LabelledImages:
+    options = tail.model_dump(exclude={"seed"})
+    if isinstance(data, ImageData):
+        return long_tailed(data, seed=seed, **options)
+    return long_tailed(data, seed=seed, **options)
+
+
+def _first(data: LabelledImages, limit: int | None) -> LabelledImages:
     return data if limit is None else data.subset(torch.arange(min(limit, len(data))))
 
 
 def build_source(
     settings: config.DataSettings, splits: Splits, batch_size: int, folder: Path
-) -> ImageData | MixedSource | ClassBalancedSource:
+) -> LabelledImages | MixedSource | ClassBalancedSource:
     """Return what the loop trains on: the real images, drawn class by class or mixed with others.
 
     Args:
@@ -107,10 +139,8 @@ def build_source(
         parts = [folder / "held_out.npz"]
         if not parts[0].exists():
             write_npz(splits.unused, parts[0])
-    shape = train.images.shape[1:]
-    pool = GeneratedImages(
-        parts, num_classes=train.num_classes, image_shape=(shape[0], shape[1], shape[2])
-    )
+    assert isinstance(train, ImageData)
+    pool = GeneratedImages(parts, num_classes=train.num_classes, image_shape=train.image_shape)
     return MixedSource(
         train,
         pool,
@@ -146,7 +176,11 @@ def build_mix(settings: config.AugmentSettings | None) -> Mix | None:
 
 
 def build_model(
-    settings: config.ModelSettings, data: ImageData, seed: int, *, num_classes: int | None = None
+    settings: config.ModelSettings,
+    data: LabelledImages,
+    seed: int,
+    *,
+    num_classes: int | None = None,
 ) -> nn.Module:
     """Build the network for the data, initialised by the seed, and leave torch's generator be."""
     mean, std = settings.mean, settings.std
@@ -157,7 +191,7 @@ def build_model(
         model = create_model(
             settings.name,
             data.num_classes if num_classes is None else num_classes,
-            in_channels=data.images.shape[1],
+            in_channels=data.image_shape[0],
             mean=mean,
             std=std,
             **settings.kwargs,
@@ -165,7 +199,7 @@ def build_model(
     return add_dual_batch_norm(model) if settings.dual_batch_norm else model
 
 
-def load_teacher_checkpoint(settings: config.TeacherSettings, data: ImageData) -> nn.Module:
+def load_teacher_checkpoint(settings: config.TeacherSettings, data: LabelledImages) -> nn.Module:
     """Build the teacher that a checkpoint file describes and load its weights."""
     if settings.model is None or settings.checkpoint is None:
         raise ValueError("a teacher from a checkpoint file needs checkpoint and model")

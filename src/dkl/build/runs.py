@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dkl import config
+from dkl.build.image_access import LabelledImages
 from dkl.build.objects import build_model
-from dkl.data import ImageData
 from dkl.engine.state import has_checkpoint, load_weights
 
 RECIPE_FILE = "recipe.yaml"
@@ -54,7 +54,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def load_run_model(
-    path: Path, recipe: config.Recipe, data: ImageData, which: str
+    path: Path, recipe: config.Recipe, data: LabelledImages, which: str
 ) -> tuple[nn.Module, str]:
     """Build a run's model with its trained weights, the averaged ones where there are any.
 

@@ -19,6 +19,7 @@ from dkl.build.distillation import check_top_k
 from dkl.build.objects import build_data
 from dkl.build.teacher_facts import cache_facts, teacher_facts
 from dkl.build.teachers import load_teacher, teacher_settings
+from dkl.data import ImageData
 from dkl.data.teacher_cache import TeacherCache, estimate_bytes
 from dkl.data.teacher_rows import StoredDtype
 from dkl.engine.batches import load_batches
@@ -107,6 +108,7 @@ def prepare_caching(
         temperature = getattr(recipe.method, "temperature", 1.0)
         check_top_k(recipe.method, temperature)
     data = build_data(recipe.data, recipe.seed).train
+    assert isinstance(data, ImageData)  # a recipe with images in files has no cache
     asked = asked_images(recipe, data)
     cache = TeacherCache.create(
         out,

@@ -7,9 +7,9 @@ from pathlib import Path
 from torch import nn
 
 from dkl import config, evaluation
+from dkl.build.image_access import LabelledImages
 from dkl.build.objects import build_data, load_teacher_checkpoint
 from dkl.build.runs import RECIPE_FILE, hash_weights, load_run_model, read_recipe
-from dkl.data import ImageData
 
 TEACHER_FOLDER = "teacher"
 
@@ -39,7 +39,25 @@ def teacher_settings(recipe: config.Recipe) -> config.TeacherSettings | None:
     return settings
 
 
-def load_teacher(recipe: config.Recipe, folder: Path, data: ImageData) -> Teacher:
+def teaching_recipe(recipe: config.Recipe) -> config.Recipe:
+    """Return the recipe by which the teacher is trained, with the student's seed.
+
+    Data of the same name are where the student's are: their place is said once.
+
+    Raises:
+        ValueError: the method names no recipe for its teacher.
+    """
+    settings = teacher_settings(recipe)
+    if settings is None or settings.recipe is None:
+        raise ValueError(f"{recipe.name} names no recipe for its teacher: method.teacher.recipe")
+    teaching = config.load_recipe(settings.recipe, [f"seed={recipe.seed}"])
+    if teaching.data.name != recipe.data.name:
+        return teaching
+    places = {"folder": recipe.data.folder, "download": recipe.data.download}
+    return teaching.model_copy(update={"data": teaching.data.model_copy(update=places)})
+
+
+def load_teacher(recipe: config.Recipe, folder: Path, data: LabelledImages) -> Teacher:
     """Load the teacher of a run.
 
     Args:
@@ -84,8 +102,8 @@ def load_teacher(recipe: config.Recipe, folder: Path, data: ImageData) -> Teache
 
 def _tell_other_sizes(
     run: Path,
-    taught: ImageData,
-    data: ImageData,
+    taught: LabelledImages,
+    data: LabelledImages,
     tail: config.LongTailedSettings | None,
     own_tail: config.LongTailedSettings | None,
 ) -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from dkl import config, evaluation
 from dkl.build.cached_teachers import open_cached_teacher
 from dkl.build.checks import check_classes, count_logits, measurable
+from dkl.build.image_access import LabelledImages, first_images, predict_all
 from dkl.build.methods import build_method, build_second_model
 from dkl.build.objects import (
     MakeOptimizer,
@@ -34,12 +35,18 @@ from dkl.build.objects import (
     build_views,
 )
 from dkl.build.runs import RECIPE_FILE, write_text
-from dkl.build.teachers import TEACHER_FOLDER, load_teacher, teacher_settings
+from dkl.build.teachers import (
+    TEACHER_FOLDER,
+    load_teacher,
+    teacher_settings,
+    teaching_recipe,
+)
 from dkl.data import Augment, DatasetSource, ImageData
 from dkl.engine import FitResult, LoopSettings, fit, schedules
 from dkl.engine.averaging import AverageSettings
 from dkl.engine.batches import Mix
 from dkl.engine.state import has_checkpoint
+from dkl.evaluation.accuracy import check_clean_logits
 from dkl.methods.protocol import Method
 
 logger = logging.getLogger(__name__)
@@ -57,13 +64,16 @@ class TrainOutcome:
     seconds: float
 
 
-def train_recipe(recipe: config.Recipe, out: Path, *, resume: bool = False) -> TrainOutcome:
+def train_recipe(
+    recipe: config.Recipe, out: Path, *, resume: bool = False, validate: bool = True
+) -> TrainOutcome:
     """Train what a recipe describes into a run folder.
 
     Args:
         recipe: the checked recipe.
         out: the run folder; must not hold a run unless ``resume``.
         resume: go on from the last checkpoint.
+        validate: False leaves validation out, where a few steps are to be timed.
 
     Returns:
         Where training ended.
@@ -108,10 +118,10 @@ def train_recipe(recipe: config.Recipe, out: Path, *, resume: bool = False) -> T
         views=build_views(recipe.data),
         mix=build_mix(recipe.data.augment),
         augment=build_augment(recipe.data.augment),
-        validate=_validation(recipe, splits),
+        validate=_validation(recipe, splits) if validate else None,
         weight_perturbation=build_perturbation(recipe.weight_perturbation),
         weight_average=build_average(recipe.averaging),
-        recipe=config.resolved(recipe),
+        recipe=_deciding(recipe),
         resume=resume and has_checkpoint(out),
     )
     _write_class_table(out, method, splits.train)
@@ -122,6 +132,14 @@ def train_recipe(recipe: config.Recipe, out: Path, *, resume: bool = False) -> T
         best_value=result.best_value,
         seconds=time.perf_counter() - started,
     )
+
+
+def _deciding(recipe: config.Recipe) -> dict[str, Any]:
+    """Return what a resumed run must share: all but how many processes decode images."""
+    values = config.resolved(recipe)
+    for key in ("workers", "prefetch"):
+        (values["data"]["decoding"] or {}).pop(key, None)
+    return values
 
 
 class _TeacherStoppedError(Exception):
@@ -138,7 +156,7 @@ def _refuse_other_run(out: Path, resume: bool) -> None:
         )
 
 
-def _build_teacher(recipe: config.Recipe, out: Path, data: ImageData) -> nn.Module | None:
+def _build_teacher(recipe: config.Recipe, out: Path, data: LabelledImages) -> nn.Module | None:
     """Load the teacher that the method names, trained first where it is named by recipe.
 
     With a cache of its answers there is nothing to train or load.
@@ -147,10 +165,11 @@ def _build_teacher(recipe: config.Recipe, out: Path, data: ImageData) -> nn.Modu
     if settings is None:
         return None
     if settings.cache is not None:
+        assert isinstance(data, ImageData)  # a recipe with images in files has no cache
         return open_cached_teacher(recipe, Path(settings.cache), data)
     if settings.checkpoint is None and settings.run is None:
         run = out / TEACHER_FOLDER
-        teaching = config.load_recipe(str(settings.recipe), [f"seed={recipe.seed}"])
+        teaching = teaching_recipe(recipe)
         logger.info("training the teacher %s into %s", teaching.name, run)
         if train_recipe(teaching, run, resume=has_checkpoint(run)).stopped_early:
             raise _TeacherStoppedError
@@ -162,15 +181,19 @@ def _validation(recipe: config.Recipe, splits: Splits) -> Validate | None:
     if splits.validation is None:
         return None
     settings, data = recipe.evaluation, splits.validation
+    attacked = None
+    if settings.validation_attack_steps > 0:
+        # Of images in files not more are kept in memory than an evaluation attacks.
+        attacked = first_images(data, settings.num_images if recipe.data.in_files else None)
 
     def validate(model: nn.Module) -> dict[str, float]:
         values = {"val_accuracy": _accuracy(model, data, settings.batch_size)}
-        if settings.validation_attack_steps > 0 and settings.eps is not None:
+        if attacked is not None and settings.eps is not None:
             device = next(model.parameters()).device
             robust = evaluation.pgd_robust(
                 measurable(model),
-                data.images.to(device),
-                data.labels.to(device),
+                attacked.images.to(device),
+                attacked.labels.to(device),
                 eps=settings.eps,
                 norm=settings.norm,
                 num_steps=settings.validation_attack_steps,
@@ -185,14 +208,24 @@ def _validation(recipe: config.Recipe, splits: Splits) -> Validate | None:
     return validate
 
 
-def _accuracy(model: nn.Module, data: ImageData, batch_size: int) -> float:
+def _accuracy(model: nn.Module, data: LabelledImages, batch_size: int) -> float:
+    if not isinstance(data, ImageData):
+        # Decoding is what takes the time: processes share it.
+        logits_NC = predict_all(
+            measurable(model),
+            data,
+            batch_size=batch_size,
+            distributed=torch.distributed.is_available() and torch.distributed.is_initialized(),
+        )
+        check_clean_logits(logits_NC, data.labels)
+        return float((logits_NC.argmax(1) == data.labels).double().mean())
     device = next(model.parameters()).device
     return evaluation.accuracy(
         measurable(model), data.images.to(device), data.labels.to(device), batch_size=batch_size
     )
 
 
-def _write_class_table(out: Path, method: Method, data: ImageData) -> None:
+def _write_class_table(out: Path, method: Method, data: LabelledImages) -> None:
     statistics = getattr(getattr(method, "term", None), "statistics", None)
     if statistics is not None and _is_first_process():
         table = statistics.table.detach().cpu().double()

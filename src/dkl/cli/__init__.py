@@ -7,6 +7,7 @@ import typer
 from dkl.cli.bench import bench_evaluate, bench_linear, bench_losses, bench_train
 from dkl.cli.cache_teacher import cache_teacher
 from dkl.cli.data import convert, convert_carmon, show_long_tailed
+from dkl.cli.doctor import doctor
 from dkl.cli.errors import Commands, common_options
 from dkl.cli.evaluating import evaluate
 from dkl.cli.export import export
@@ -72,6 +73,13 @@ app.command(
     )
 )(tune)
 
+app.command(
+    epilog=_examples(
+        "dkl doctor digits_ikl_at",
+        "dkl doctor imagenet_ikl_kd_resnet34_resnet18 data.folder=/data/imagenet",
+        "dkl doctor my_recipe.yaml --all-images --json",
+    )
+)(doctor)
 app.command(
     "cache-teacher",
     epilog=_examples(

@@ -19,6 +19,7 @@ from dkl.config.data import (
     LongTailedSettings,
     ModelSettings,
 )
+from dkl.config.decoding import DecodingSettings
 from dkl.config.distillation import (
     AT,
     CRD,
@@ -97,6 +98,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "DataSettings",
+    "DecodingSettings",
     "EvaluationSettings",
     "FitNet",
     "GeneratedSettings",

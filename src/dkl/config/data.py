@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from dkl.config.base import Count, CountOrZero, Number, PositiveNumber, Problem, Section
+from dkl.config.decoding import FILE_DATASETS, DecodingSettings
 
 _LONG_TAILED = frozenset({"imagenet_lt"})  # datasets that are published so
+_WITH_VALIDATION = frozenset({"imagenet_lt"})  # datasets that bring images for validation
 
 
 class AugmentSettings(Section):
@@ -120,10 +122,14 @@ class DataSettings(Section):
     """The dataset and how it is split.
 
     Args:
-        name: "digits" comes with scikit-learn; the others are read by torchvision.
+        name: "digits" comes with scikit-learn; "imagenet", "image_folder", "imagenet_lt" and
+            "webdataset" are decoded from their files batch by batch; the others are read into
+            memory by torchvision.
         folder: where the files are; null looks in the usual places.
         download: fetch the files if they are not there.
         validation_fraction: share of the training data held out to choose the best checkpoint.
+        decoding: how image files become pixels; null means the defaults, and for datasets in
+            memory none.
         train_limit: train on the first so many images that are not held out; null means all.
         test_limit: evaluate on this many test images only; null means all.
         augment: augmentation of training images; null means none.
@@ -135,9 +141,19 @@ class DataSettings(Section):
         class_balanced: draw training images class by class; null means each once an epoch.
     """
 
-    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100"]
+    name: Literal[
+        "digits",
+        "fashion_mnist",
+        "cifar10",
+        "cifar100",
+        "imagenet",
+        "image_folder",
+        "imagenet_lt",
+        "webdataset",
+    ]
     folder: str | None = None
     download: bool = False
+    decoding: DecodingSettings | None = None
     validation_fraction: Annotated[Number, Field(ge=0, le=0.5)] = 0.1
     train_limit: Count | None = None
     test_limit: Count | None = None
@@ -151,6 +167,16 @@ class DataSettings(Section):
     def is_long_tailed(self) -> bool:
         """Whether classes differ so much in size that each group of sizes is measured."""
         return self.long_tailed is not None or self.name in _LONG_TAILED
+
+    @property
+    def in_files(self) -> bool:
+        """Whether images are decoded batch by batch, instead of being in memory."""
+        return self.name in FILE_DATASETS
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are images to choose the best checkpoint by."""
+        return self.validation_fraction > 0 or self.name in _WITH_VALIDATION
 
     def problems(self) -> Iterator[Problem]:  # noqa: D102
         for number, view in enumerate(self.views):
@@ -166,12 +192,25 @@ class DataSettings(Section):
             )
         if self.long_tailed is not None and self.name in _LONG_TAILED:
             yield "long_tailed", f"must be null: {self.name} is long-tailed already"
+        yield from self._problems_of_files()
         if self.name == "digits":
             reason = "would be ignored: digits comes with scikit-learn"
             if self.folder is not None:
                 yield "folder", f"{reason}; leave it null"
             if self.download:
                 yield "download", f"{reason}; leave it false"
+
+    def _problems_of_files(self) -> Iterator[Problem]:
+        if not self.in_files:
+            if self.decoding is not None:
+                yield "decoding", f"would be ignored: {self.name} is in memory; leave it null"
+            return
+        if self.download:
+            yield "download", f"cannot fetch {self.name}; get it yourself and set folder"
+        if self.generated is not None:
+            yield "generated", f"must be null: {self.name} is read from files, not from memory"
+        if self.name in _WITH_VALIDATION and self.validation_fraction > 0:
+            yield "validation_fraction", f"must be 0: {self.name} brings a list for validation"
 
 
 class ModelSettings(Section):

@@ -87,7 +87,7 @@ def _robust_validation(
 
 
 def _validation_split(training: TrainingSettings, data: DataSettings) -> Iterator[Problem]:
-    if training.best_metric is not None and data.validation_fraction == 0:
+    if training.best_metric is not None and not data.has_validation:
         yield (
             "data.validation_fraction",
             f"must be > 0, because training.best_metric ({training.best_metric}) is measured "
@@ -96,7 +96,7 @@ def _validation_split(training: TrainingSettings, data: DataSettings) -> Iterato
 
 
 def _validation_attack(data: DataSettings, evaluation: EvaluationSettings) -> Iterator[Problem]:
-    if evaluation.validation_attack_steps > 0 and data.validation_fraction == 0:
+    if evaluation.validation_attack_steps > 0 and not data.has_validation:
         yield (
             "evaluation.validation_attack_steps",
             "would be ignored: data.validation_fraction is 0, so there is nothing to validate on",
@@ -217,6 +217,12 @@ def _cached_teacher(data: DataSettings, method: MethodSettings) -> Iterator[Prob
     teacher = getattr(method, "teacher", None)
     if teacher is None or teacher.cache is None:
         return
+    if data.in_files:
+        yield (
+            "method.teacher.cache",
+            f"must be null: answers are cached for images in memory, and {data.name} is decoded "
+            "from files, anew in every epoch",
+        )
     for key in ("generated", "class_balanced"):
         if getattr(data, key) is not None:
             yield (

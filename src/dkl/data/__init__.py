@@ -24,7 +24,10 @@ from dkl.data.splits import split_validation
 if TYPE_CHECKING:
     from dkl.data.carmon import convert_carmon
     from dkl.data.class_balanced import ClassBalancedSource
+    from dkl.data.file_datasets import FILE_DATASETS, FileSplits, load_image_files
     from dkl.data.generated import GeneratedImages
+    from dkl.data.image_decoding import BrokenImageError, Decoding
+    from dkl.data.images_on_disk import ImageFiles
     from dkl.data.mixing import MixedSource
     from dkl.data.npz_files import convert_npz, write_npz
     from dkl.data.teacher_cache import TeacherCache
@@ -33,13 +36,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DATASETS",
+    "FILE_DATASETS",
     "Augment",
+    "BrokenImageError",
     "ClassBalancedSource",
     "DatasetNotFoundError",
     "DatasetSource",
+    "Decoding",
     "Draw",
+    "FileSplits",
     "GeneratedImages",
     "ImageData",
+    "ImageFiles",
     "ImageList",
     "MixedSource",
     "TeacherCache",
@@ -55,6 +63,7 @@ __all__ = [
     "cutout",
     "group_accuracies",
     "load_data",
+    "load_image_files",
     "long_tailed",
     "make_augment",
     "mixup",
@@ -66,6 +75,12 @@ __all__ = [
 ]
 
 _MODULES_WITH_NUMPY = {
+    "BrokenImageError": "image_decoding",
+    "Decoding": "image_decoding",
+    "FILE_DATASETS": "file_datasets",
+    "FileSplits": "file_datasets",
+    "ImageFiles": "images_on_disk",
+    "load_image_files": "file_datasets",
     "ClassBalancedSource": "class_balanced",
     "GeneratedImages": "generated",
     "MixedSource": "mixing",

@@ -116,7 +116,8 @@ class ClassBalancedSource:
             epoch: 0-based.
 
         Returns:
-            [samples_per_epoch] int64, 0 to N - 1.
+            [samples_per_epoch] int64, 0 to N - 1; for images in files, positions of
+            ``ImageFiles``.
 
         Raises:
             ValueError: a negative epoch.
@@ -136,7 +137,10 @@ class ClassBalancedSource:
         ]
         order_S = np.empty(len(self), np.int64)
         order_S[np.argsort(classes_S, kind="stable")] = np.concatenate(drawn)
-        return torch.from_numpy(order_S)
+        samples_S = torch.from_numpy(order_S)
+        # Images that are augmented as they are read: every draw of one by itself.
+        positions = getattr(self.data, "drawn_positions", None)
+        return samples_S if positions is None else positions(samples_S, epoch=epoch)
 
     def batches(
         self, index_batches: Iterable[Tensor], device: torch.device | str

@@ -73,6 +73,12 @@ class ImageData:
         size = "x".join(str(n) for n in self.images.shape[1:])
         return f"ImageData({len(self)} images of {size}, {self.num_classes} classes)"
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Return (C, H, W)."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
     def subset(self, indices: Tensor) -> "ImageData":
         """Return the images at these positions, in this order.
 

@@ -10,8 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dkl.data.images import ImageData
-from dkl.data.splits import _digest, _members_of_classes
+from dkl.data.splits import Data, _digest, _members_of_classes
 
 Kind = Literal["exponential", "pareto"]
 
@@ -94,7 +93,7 @@ def class_sizes(
 
 
 def long_tailed(
-    data: ImageData,
+    data: Data,
     *,
     imbalance: float = 100.0,
     kind: Kind = "exponential",
@@ -102,7 +101,7 @@ def long_tailed(
     max_per_class: int | None = None,
     shuffle_classes: bool = False,
     power: float | None = None,
-) -> ImageData:
+) -> Data:
     """Keep a long-tailed part of the data.
 
     Class sizes are those of ``class_sizes``. Within each class the samples are ordered by the

@@ -1,14 +1,21 @@
 """Stratified splits by stated rules that no library version can change."""
 
 import hashlib
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from dkl.data.images import ImageData
 
+if TYPE_CHECKING:
+    from dkl.data.images_on_disk import ImageFiles
 
-def split_validation(data: ImageData, fraction: float, seed: int) -> tuple[ImageData, ImageData]:
+Data = TypeVar("Data", ImageData, "ImageFiles")
+"""Images in memory or in files: a part of the data is of the same kind."""
+
+
+def split_validation(data: Data, fraction: float, seed: int) -> tuple[Data, Data]:
     """Hold a stratified part of the training data out for validation.
 
     Within each class the samples are ordered by the SHA-256 digest of "seed:index"; the first

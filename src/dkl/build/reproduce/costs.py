@@ -12,12 +12,11 @@ from dkl.build.methods import build_method
 from dkl.build.objects import build_data, build_model
 from dkl.build.reproduce.experiments import Row, Rows
 from dkl.build.reproduce.measure import seconds_per_step, shortened
+from dkl.build.reproduce.stand_in_teachers import with_random_teacher
 from dkl.build.runs import RECIPE_FILE, write_text
 from dkl.build.teachers import load_teacher
-from dkl.models import save_weights
 from dkl.reports import ResultRow, Run, append_results, provenance, read_run
 
-_TEACHER = "teacher.safetensors"
 _NUM_STEPS = 50
 
 
@@ -72,7 +71,7 @@ def _recipe(row: Row, overrides: tuple[str, ...]) -> config.Recipe:
 def _costs(key: str, recipe: config.Recipe, round_number: int) -> list[ResultRow]:
     """Measure one row once."""
     with TemporaryDirectory(prefix="dkl-costs-") as scratch:
-        ready = _with_random_teacher(recipe, Path(scratch))
+        ready = with_random_teacher(recipe, Path(scratch))
         short = shortened(ready, recipe.training.batch_size, _NUM_STEPS, {})
         seconds = seconds_per_step(short, Path(scratch) / "run", _NUM_STEPS)
         num_parameters, num_bytes = _own_size(short, Path(scratch))
@@ -95,30 +94,6 @@ def _costs(key: str, recipe: config.Recipe, round_number: int) -> list[ResultRow
         ResultRow(metric="seconds_per_iteration", value=seconds, **common),
         ResultRow(metric="extra_parameters", value=float(num_parameters), **common),
     ]
-
-
-def _with_random_teacher(recipe: config.Recipe, scratch: Path) -> config.Recipe:
-    """Name a teacher with random weights, of the network that the recipe's teacher has."""
-    settings: config.TeacherSettings | None = getattr(recipe.method, "teacher", None)
-    if settings is None:
-        return recipe
-    if settings.model is not None:
-        network = settings.model
-    elif settings.recipe is not None:
-        network = config.load_recipe(settings.recipe).model
-    else:
-        raise ValueError(
-            f"{recipe.name} names a teacher's run; the cost of its network is measured where "
-            "method.teacher names a recipe, or a checkpoint with its model"
-        )
-    data = build_data(recipe.data.model_copy(update={"train_limit": 1000}), recipe.seed).train
-    save_weights(build_model(network, data, seed=0).state_dict(), scratch / _TEACHER)
-    values = config.resolved(recipe)
-    values["method"]["teacher"] = {
-        "checkpoint": str(scratch / _TEACHER),
-        "model": network.model_dump(mode="json"),
-    }
-    return config.Recipe.model_validate(values)
 
 
 def _own_size(recipe: config.Recipe, scratch: Path) -> tuple[int, int]:

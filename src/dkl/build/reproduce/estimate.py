@@ -110,12 +110,20 @@ def _estimate_job(
     measuring = sum(
         evaluation_seconds(one, facts.num_test, recipe.data.name, cost) for one in evaluations
     )
-    kept = max(num_features_kept(one) for one in evaluations)
-    features = 2 * kept * cost.num_features * _FLOAT_BYTES  # clean and adversarial
-    disk = _CHECKPOINTS * cost.checkpoint_bytes + features + _RECORDS_BYTES
     if trained:
-        return 0.0, measuring, features
-    return training_seconds(recipe, facts, cost), measuring, disk
+        return 0.0, measuring, _features_bytes(evaluations, cost)
+    return training_seconds(recipe, facts, cost), measuring, disk_bytes(evaluations, cost)
+
+
+def disk_bytes(evaluations: Sequence[config.EvaluationSettings], cost: StepCost) -> int:
+    """Return what a run leaves on the disk: checkpoints, records and features."""
+    features = _features_bytes(evaluations, cost)
+    return _CHECKPOINTS * cost.checkpoint_bytes + features + _RECORDS_BYTES
+
+
+def _features_bytes(evaluations: Sequence[config.EvaluationSettings], cost: StepCost) -> int:
+    kept = max(num_features_kept(one) for one in evaluations)
+    return 2 * kept * cost.num_features * _FLOAT_BYTES  # clean and adversarial
 
 
 def training_seconds(recipe: config.Recipe, facts: DataFacts, cost: StepCost) -> float:
@@ -129,7 +137,7 @@ def training_seconds(recipe: config.Recipe, facts: DataFacts, cost: StepCost) ->
     """
     training, evaluation = recipe.training, recipe.evaluation
     steps = training.epochs * steps_per_epoch(recipe, facts)
-    of_image = cost.forward_seconds + evaluation.validation_attack_steps * cost.gradient_seconds
+    of_image = cost.clean_seconds + evaluation.validation_attack_steps * cost.gradient_seconds
     validations = training.epochs / training.validate_every
     return steps * cost.step_seconds + validations * facts.num_validation * of_image
 
@@ -174,8 +182,8 @@ def evaluation_seconds(
     forwards = count * sum(share * passes[1] for share, passes in phases)
     if evaluation.features:
         gradients += num_features_kept(evaluation) * max(evaluation.pgd_steps)
-    forwards += num_test if evaluation.clean else 0
-    return gradients * cost.gradient_seconds + forwards * cost.forward_seconds
+    clean_seconds = num_test * cost.clean_seconds if evaluation.clean else 0.0
+    return gradients * cost.gradient_seconds + forwards * cost.forward_seconds + clean_seconds
 
 
 def num_features_kept(evaluation: config.EvaluationSettings) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dkl import config
-from dkl.build.objects import build_data
+from dkl.build.objects import Splits, build_data
 from dkl.build.reproduce.jobs import Job
 from dkl.engine.plan import count_steps
 
@@ -53,7 +53,7 @@ def check_data(recipes: Sequence[config.Recipe]) -> tuple[dict[str, DataFacts], 
     problems: dict[str, list[str]] = {}
     seen: set[str] = set()
     for recipe in recipes:
-        for missing in _missing_parts(recipe):
+        for missing in missing_parts(recipe):
             problems.setdefault(missing, []).append(recipe.name)
         key = data_key(recipe)
         if key in seen:
@@ -64,14 +64,19 @@ def check_data(recipes: Sequence[config.Recipe]) -> tuple[dict[str, DataFacts], 
         except (ValueError, OSError, ImportError) as error:
             problems.setdefault(str(error), []).append(recipe.name)
             continue
-        generated = recipe.data.generated
-        num_epoch = None if generated is None else generated.samples_per_epoch
-        facts[key] = DataFacts(
-            num_epoch=len(splits.train) if num_epoch is None else num_epoch,
-            num_validation=0 if splits.validation is None else len(splits.validation),
-            num_test=len(splits.test),
-        )
+        facts[key] = facts_of(recipe, splits)
     return facts, [f"{why} (needed by {', '.join(names)})" for why, names in problems.items()]
+
+
+def facts_of(recipe: config.Recipe, splits: Splits) -> DataFacts:
+    """Return how much there is of loaded data."""
+    drawn = recipe.data.generated or recipe.data.class_balanced
+    num_epoch = None if drawn is None else drawn.samples_per_epoch
+    return DataFacts(
+        num_epoch=len(splits.train) if num_epoch is None else num_epoch,
+        num_validation=0 if splits.validation is None else len(splits.validation),
+        num_test=len(splits.test),
+    )
 
 
 def data_key(recipe: config.Recipe) -> str:
@@ -85,7 +90,8 @@ def steps_per_epoch(recipe: config.Recipe, facts: DataFacts) -> int:
     return count_steps(facts.num_epoch, recipe.training.batch_size, recipe.training.drop_last)
 
 
-def _missing_parts(recipe: config.Recipe) -> list[str]:
+def missing_parts(recipe: config.Recipe) -> list[str]:
+    """Return a message for each file of generated images that is not there."""
     generated = recipe.data.generated
     parts = [] if generated is None else [Path(part).expanduser() for part in generated.parts]
     return [
