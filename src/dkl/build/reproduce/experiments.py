@@ -160,6 +160,44 @@ _SMALL_LONG_TAILED = {
         for key in ("self_kl", "self_jsd", "self_ikl")
     },
 }
+_LT_METHODS = {"kl": "kd", "jsd": "jsd_kd", "ikl": "ikl_kd", "gkl": "gkl_kd"}
+_LT_PAIR, _LT_SELF = "resnext101_resnet50", "resnet50_resnet50"
+_PAPER_LONG_TAILED = {
+    "teacher": Row("imagenet_lt_natural_resnext101", once=True),
+    "student": Row("imagenet_lt_natural_resnet50"),
+    **{
+        key: Row(f"imagenet_lt_{method}_{_LT_PAIR}", teacher="teacher")
+        for key, method in _LT_METHODS.items()
+    },
+    **{
+        f"self_{key}": Row(f"imagenet_lt_{method}_{_LT_SELF}", teacher="student")
+        for key, method in _LT_METHODS.items()
+        if key != "gkl"
+    },
+}
+# Tables 4 and 15, with the rows of table 1; their teachers are published checkpoints.
+_IMAGENET_METHODS = (
+    "at", "ofd", "crd", "reviewkd", "dkd", "dist", "kd", "ikl_kd", "gkl_kd",
+)  # fmt: skip
+_IMAGENET = {
+    "student": Row("imagenet_natural_resnet18"),
+    **{
+        key: Row(f"imagenet_{key}_resnet34_resnet18")
+        for key in (*_IMAGENET_METHODS, "dkl_kd", "ba_kd")
+    },
+}
+_IMAGENET_MOBILENET = {
+    "student": Row("imagenet_natural_mobilenet_v1"),
+    **{key: Row(f"imagenet_{key}_resnet50_mobilenet_v1") for key in _IMAGENET_METHODS},
+}
+_IMAGENET_STRONG = {
+    key: Row(f"imagenet_strong_{key}_beit_l_resnet50") for key in ("kd", "dkd", "dist", "ikl_kd")
+}
+_ON_IMAGENET = {
+    "distillation-imagenet": _IMAGENET,
+    "distillation-imagenet-mobilenet": _IMAGENET_MOBILENET,
+    "distillation-imagenet-strong": _IMAGENET_STRONG,
+}
 
 EXPERIMENTS: dict[str, dict[str, Rows]] = {
     "robust-ablation": {"small": _SMALL_ABLATION, "paper": _PAPER_ABLATION},
@@ -184,7 +222,8 @@ EXPERIMENTS: dict[str, dict[str, Rows]] = {
         for pair in _PAIRS
         if pair != _PAPER_PAIR
     },
-    "long-tailed": {"small": _SMALL_LONG_TAILED},
+    **{name: {"paper": rows} for name, rows in _ON_IMAGENET.items()},
+    "long-tailed": {"small": _SMALL_LONG_TAILED, "paper": _PAPER_LONG_TAILED},
     "distillation-speed": {
         "small": {key: Row(row.recipe) for key, row in _SMALL_STUDENTS.items()},
         "paper": _paper_distillation(_PAPER_PAIR),
@@ -215,9 +254,11 @@ def layout_of(experiment: str) -> str:
     """Return the name of the experiment's table among those of ``dkl.reports``.
 
     Example:
-        >>> layout_of("distillation-vgg13-vgg8"), layout_of("epsilon-sweep")
-        ('distillation', 'epsilon-sweep')
+        >>> layout_of("distillation-vgg13-vgg8"), layout_of("distillation-imagenet-strong")
+        ('distillation', 'distillation-imagenet')
     """
+    if experiment in _ON_IMAGENET:
+        return "distillation-imagenet"
     pair = experiment.removeprefix("distillation-").replace("-", "_")
     return "distillation" if pair in _PAIRS else experiment
 
