@@ -44,6 +44,7 @@ def count_logits(model: nn.Module, source: LabelledImages | DatasetSource) -> in
         ValueError: the model cannot take the images, or returns no logits [N, C].
 
     Example:
+        >>> from dkl.data import ImageData
         >>> data = ImageData(
         ...     torch.zeros(1, 1, 2, 2, dtype=torch.uint8), torch.tensor([0]), 1, ("a",)
         ... )
