@@ -29,7 +29,9 @@ def reproduce(
         str,
         typer.Argument(
             metavar="NAME",
-            help="robust-ablation, robust-methods, epsilon-sweep, hyperparameters, other-attacks.",
+            help="robust-ablation, robust-methods, epsilon-sweep, hyperparameters, other-attacks; "
+            "distillation, distillation-PAIR, distillation-imagenet, distillation-speed, "
+            "long-tailed.",
         ),
     ],
     overrides: Overrides = None,
