@@ -143,7 +143,7 @@ def small_model(settings: ModelSettings) -> ModelSettings:
     elif settings.name.startswith("timm/"):
         changes["kwargs"] = {**settings.kwargs, **SMALL_TIMM[settings.name]}
     elif settings.name in ("resnet18_cifar", "resnet50_cifar", "mobilenet_v1"):
-        # Not 4: oneDNN's strided AVX2 kernel writes beyond 4 channels in channels-last (torch 2.14).
+        # Not 4, beyond which a strided AVX2 kernel of oneDNN writes in channels-last (torch 2.14).
         changes["kwargs"] = {**settings.kwargs, "width": 8}
     elif settings.name.startswith("vgg"):
         changes |= {"name": "vgg8", "kwargs": {**settings.kwargs, "width": 4}}

@@ -1,7 +1,9 @@
 """Images in files: the formats, exactness of what is drawn, and what is refused."""
 
+import multiprocessing
 import os
 import shutil
+import signal
 import tarfile
 from pathlib import Path
 
@@ -103,6 +105,20 @@ def test_a_resumed_epoch_goes_on_alike(tree):
     order = data.epoch_order(seed=0, epoch=2).split(4)
     whole = list(data.batches(list(order), "cpu"))
     assert same(whole[2:], list(load(tree, **STRONG).train.batches(list(order[2:]), "cpu")))
+
+
+def test_workers_leave_signals_to_the_process_that_trains(tree):
+    data = load(tree, workers=2, prefetch=1, **STRONG).train
+    order = data.epoch_order(seed=0, epoch=0).split(2)
+    stream = data.batches(list(order), "cpu")
+    seen = [next(stream), next(stream)]  # both workers are at work
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker.pid, number)
+    seen += stream
+    assert same(seen, list(load(tree, **STRONG).train.batches(list(order), "cpu")))
 
 
 def test_repeated_augmentation_draws_fewer_images_several_times(tree):

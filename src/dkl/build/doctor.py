@@ -217,7 +217,9 @@ def _taught_by(recipe: config.Recipe, out: Path) -> config.Recipe | None:
 
 def _steps_and_memory(recipe: config.Recipe, cost: StepCost) -> Iterator[Finding]:
     batch = recipe.training.batch_size
-    text = f"{1000 * cost.step_seconds:,.0f} ms for {batch} images on one {cost.device}"
+    ms = 1000 * cost.step_seconds
+    told = f"{ms:,.0f} ms" if ms < 2000 else f"{cost.step_seconds:,.1f} s"
+    text = f"{told} for {batch} images on one {cost.device}"
     if cost.is_extrapolated:
         text += ", worked out from fewer images"
     if cost.decode_seconds > 0:

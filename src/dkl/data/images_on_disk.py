@@ -5,6 +5,7 @@ Legend: N images, B batch, S side of the images in pixels.
 
 import hashlib
 import json
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -135,6 +136,7 @@ class ImageFiles:
             num_workers=workers,
             prefetch_factor=self.decoding.prefetch if workers else None,
             collate_fn=_collate,
+            worker_init_fn=_ignore_signals,
             pin_memory=on_gpu,
             # Or the loader would draw a number from the generator of the run.
             generator=torch.Generator(),
@@ -171,6 +173,7 @@ class ImageFiles:
             batch_size=None,
             num_workers=self.decoding.workers if len(rows) > 1 else 0,
             collate_fn=_message,
+            worker_init_fn=_ignore_signals,
             generator=torch.Generator(),
         )
         yield from filter(None, messages)
@@ -219,6 +222,15 @@ class _Decoded(Dataset[Any]):
         except OSError as error:
             return _Failure(DatasetNotFoundError(str(error)))
         return pixels, data.labels[row]
+
+
+def _ignore_signals(_worker: int) -> None:
+    """Go on after Ctrl-C or a cluster's SIGTERM, which reach all processes of a run.
+
+    The process that trains decides: it ends its step, saves, and stops the workers.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _message(sample: Any) -> Any:
