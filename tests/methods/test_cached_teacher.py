@@ -153,7 +153,8 @@ def test_kd_on_buckets_is_the_divergence_of_the_buckets(k: int) -> None:
     found = loss_and_gradient(method)[0]
     torch.testing.assert_close(found, wanted)
     whole = methods.kd(teacher, temperature=TEMPERATURE, hard_weight=0.0, soft_weight=1.0)
-    assert 0 < found <= loss_and_gradient(whole)[0]
+    # Equal where every class is kept, up to rounding.
+    assert 0 < found <= loss_and_gradient(whole)[0] * (1 + 1e-12)
 
 
 def test_a_student_like_its_teacher_has_no_loss_and_no_gradient() -> None:

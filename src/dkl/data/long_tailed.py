@@ -127,6 +127,7 @@ def long_tailed(
         ValueError: a number is out of range, or a class has fewer samples than its share.
 
     Example:
+        >>> from dkl.data import ImageData
         >>> labels = torch.arange(300) % 3
         >>> images = torch.zeros(300, 1, 1, 1, dtype=torch.uint8)
         >>> data = ImageData(images, labels, 3, ("a", "b", "c"))
